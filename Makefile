@@ -1,0 +1,54 @@
+# setup build demo test check bench clean: nothing else to remember.
+# Each works as the only command on a fresh clone of a fresh Debian 12 machine (as root: it installs packages and makes network namespaces).
+
+SHELL      := /bin/bash
+PY         := .venv/bin/python
+CLANG      ?= clang-16
+OUT        := build
+STAMP_APT  := $(OUT)/.apt
+STAMP_VENV := $(OUT)/.venv
+CFLAGS_C   := -O2 -g -std=gnu11 -Wall -Wextra -Werror
+KEEP       ?=
+FUZZ       ?= 20
+
+DEBIAN := build-essential clang-16 llvm-16 clang-format-16 libclang-rt-16-dev libbpf-dev bpftool libssl-dev libnghttp2-dev \
+	pkg-config libelf-dev zlib1g-dev linux-libc-dev python3 python3-venv python3-dev iproute2 nftables procps util-linux \
+	ca-certificates containernetworking-plugins dnsmasq-base tcpdump postgresql redis-server nginx-light wrk \
+	libcap2-bin libcmocka-dev curl
+
+.PHONY: setup build demo test check bench clean
+.DEFAULT_GOAL := setup
+
+setup: build
+
+$(STAMP_APT): Makefile
+	@mkdir -p $(OUT)
+	@echo "setup: Debian packages"
+	@deploy/install-packages $(DEBIAN)
+	@deploy/fetch-kubectl $(OUT)/kubectl
+	@touch $@
+
+$(STAMP_VENV): pyproject.toml $(STAMP_APT)
+	@echo "setup: Python packages in .venv"
+	@test -x $(PY) || /usr/bin/python3 -m venv .venv
+	@.venv/bin/pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
+	@.venv/bin/pip install -q --disable-pip-version-check --group dev 'cffi>=2'
+	@touch $@
+
+build: $(STAMP_VENV)
+	@$(MAKE) --no-print-directory -f build.mk CLANG=$(CLANG) PY=$(PY) OUT=$(OUT) CFLAGS_C="$(CFLAGS_C)"
+
+demo: setup
+	@.venv/bin/python -m examples.shop.demo $(if $(KEEP),--keep)
+
+check: build
+	@$(MAKE) --no-print-directory -f build.mk check CLANG=$(CLANG) PY=$(PY) OUT=$(OUT) CFLAGS_C="$(CFLAGS_C)" FUZZ=$(FUZZ)
+
+test: check
+	@.venv/bin/pytest $(PYTEST_ARGS)
+
+bench: setup
+	@.venv/bin/python -m tests.bench $(BENCH_ARGS)
+
+clean:
+	rm -rf $(OUT) .venv agent/*.egg-info agent/sidestep/*.so agent/sidestep/bin agent/sidestep/wire/pb
