@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the mesh looks like: workloads, services, policies, and the way to an address.
+ *
+ * One writer (the control thread) builds, many workers read. mesh_apply() clones the touched shards and publishes a new view; a
+ * worker adopts it with mesh_view() at the top of its loop and uses it until the next call. A connection copies what it needs out of a
+ * view and holds no pointer into one across loop iterations. mesh_sync() returns once every worker has moved on: then old views are freed.
+ */
+#ifndef SIDESTEP_MESH_H
+#define SIDESTEP_MESH_H
+
+#include "addr.h"
+
+struct mesh;
+struct mesh_view;
+struct tunnel_settings;
+
+enum mesh_protocol { MESH_PLAIN, MESH_HBONE };
+
+/* A workload as the workers read it. Strings live as long as the view. */
+struct workload {
+        const char *uid, *name, *namespace_, *service_account, *trust_domain, *network, *node, *cluster_id;
+        const char *canonical_name, *canonical_revision, *workload_name, *workload_type;
+        const char *region, *zone, *subzone;
+        const char *identity; /* spiffe://TD/ns/NS/sa/SA */
+        const struct addr *addrs;
+        unsigned naddrs;
+        const char *const *policies; /* names of the selector policies */
+        unsigned npolicies;
+        enum mesh_protocol protocol;
+        bool healthy, has_waypoint, host_network;
+        uint32_t capacity;
+        uint64_t record; /* changes when the record changes: tunnels to it are then not reused */
+};
+
+/* What a connection that was addressed to (dst) should do. Everything is valid as long as the view. */
+enum route_kind {
+        ROUTE_PLAIN,   /* clear text to next_hop */
+        ROUTE_HBONE,   /* tunnel to next_hop (port 15008), CONNECT authority target */
+        ROUTE_REFUSE,  /* reason says why */
+        ROUTE_UNKNOWN, /* inside the cluster's ranges without a record: hold, then refuse */
+};
+
+struct route {
+        enum route_kind kind;
+        const struct workload *dst; /* NULL: outside the mesh */
+        struct endpoint target;     /* the workload's address and port, after service translation */
+        struct endpoint next_hop;
+        const char *service_host, *service_name, *service_namespace; /* "" when not addressed by service */
+        const char *const *sans; /* identities the peer may have: the workload's, then the service's */
+        unsigned nsans;
+        const char *reason;
+};
+
+int mesh_new(struct mesh **out, unsigned readers);
+void mesh_free(struct mesh *m);
+int mesh_settings(struct mesh *m, const struct tunnel_settings *s);
+
+/* Writer. One batch, all or nothing in framing; single records that cannot be decoded are reported as "name: reason\n". */
+int mesh_apply(struct mesh *m, const uint8_t *batch, size_t len, char *report, size_t report_len);
+/* Writer: waits until every reader has adopted the newest view (mesh_wake is called for each to get it out of epoll), frees older ones. */
+void mesh_sync(struct mesh *m, void (*wake)(void *arg, unsigned reader), void *arg);
+int mesh_dump(struct mesh *m, const char *what, int fd); /* workloads services policies versions */
+
+/* Reader, worker (reader): adopts and returns the newest view. Never blocks, takes no lock. */
+const struct mesh_view *mesh_view(struct mesh *m, unsigned reader);
+/* A reader that sleeps or ends holds no view. */
+void mesh_leave(struct mesh *m, unsigned reader);
+
+uint64_t view_generation(const struct mesh_view *v);
+const struct workload *view_workload(const struct mesh_view *v, const char *uid);
+const struct workload *view_workload_at(const struct mesh_view *v, const struct addr *a); /* own network */
+/* reference/ztunnel.md 1.3 to 1.5. random: one 64-bit random number per call. */
+void view_route(const struct mesh_view *v, const struct workload *src, const struct endpoint *dst, uint64_t random, struct route *out);
+/* For inbound labels: the first service of the workload whose target port is this one. "" where none. */
+void view_inbound_service(const struct mesh_view *v, const struct workload *w, uint16_t port, struct route *out);
+/* All policies that the record names (and the namespace and mesh-wide ones) have been received. */
+bool view_policies_known(const struct mesh_view *v, const struct workload *w);
+
+#endif
