@@ -12,6 +12,7 @@
  * a line of JSON with running totals goes to stdout. New connections are started by the clock, so that a stall of the
  * server shows as waiting requests and not as a lower rate.
  */
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
