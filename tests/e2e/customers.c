@@ -226,7 +226,7 @@ static int buy(char **argv)
                 for (uint64_t due = rate * (now - start) / 1000000000ull; fresh < due; fresh++)
                         enter(ep, &to.any, length, false);
                 if (now - ticked > 10000000ull) {
-                        tick(now);
+                        tick(now_ns());
                         ticked = now;
                 }
                 if (now - said > 500000000ull) {
