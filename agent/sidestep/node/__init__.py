@@ -1,1 +1,1 @@
-"""The node agent: which pods are enrolled, their certificates, the BPF programs in them, and what the engine must know."""
+"""The node agent: which pods are enrolled, their certificates, their BPF programs, what the engine must know."""

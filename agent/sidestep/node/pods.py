@@ -1,7 +1,8 @@
 """Pods as the agent keeps them, and who is enrolled.
 
-A *projection* is the small part of an API object that the agent needs: the cache holds these and nothing else. *Eligible*
-is a pod that should be in the mesh by its labels and its namespace's (reference/istio-ambient.md 1.2). Pure: no I/O.
+A *projection* is the small part of an API object that the agent needs: the cache holds these and nothing else.
+*Eligible* is a pod that should be in the mesh by its labels and its namespace's (reference/istio-ambient.md 1.2).
+Pure: no I/O.
 """
 
 import re
@@ -127,12 +128,15 @@ def uid_of_cgroup(text: str) -> str | None:
 
     Both drivers: `kubepods/burstable/pod1234-.../CONTAINER` and `kubepods-burstable-pod1234_....slice`.
     """
-    found = {match.replace("_", "-") for line in text.splitlines() if "kubepods" in line for match in _POD_UID.findall(line)}
+    lines = [line for line in text.splitlines() if "kubepods" in line]
+    found = {match.replace("_", "-") for line in lines for match in _POD_UID.findall(line)}
     return found.pop() if len(found) == 1 else None
 
 
 def _may_send_raw(container: Mapping[str, Any]) -> bool:
-    """Runtimes grant CAP_NET_RAW by default: only a container that drops it (or all) and adds nothing back is bound."""
+    """Runtimes grant CAP_NET_RAW by default: only a container that drops it (or all) and adds nothing back is
+    bound.
+    """
     context = container.get("securityContext") or {}
     if context.get("privileged"):
         return True

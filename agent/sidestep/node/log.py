@@ -1,0 +1,44 @@
+"""The agent's log: one line per event on stderr, `time event key=value ...`. Never a key, a token or a certificate.
+
+A reader that has stopped reading must not stop the agent: a line that would block is dropped and counted.
+"""
+
+import os
+import select
+import sys
+import time
+
+_LINE = 3000  # below PIPE_BUF: a pipe that polls writable takes it whole, without blocking
+_dropped = 0
+
+
+def event(name: str, **fields: object) -> None:
+    """Writes one line. Empty fields are left out, values with spaces quoted; control characters never get through."""
+    global _dropped
+    parts = [time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z", name]
+    parts += [f"{key}={_text(value)}" for key, value in fields.items() if value is not None and value != ""]
+    if _dropped:
+        parts.append(f"lines_dropped={_dropped}")
+    line = " ".join(parts)[:_LINE] + "\n"
+    try:
+        fd = sys.stderr.fileno()
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        ready = poll.poll(0)
+        if not ready or not ready[0][1] & select.POLLOUT:
+            _dropped += 1
+            return
+        os.write(fd, line.encode())
+        _dropped = 0
+    except (OSError, ValueError):
+        _dropped += 1
+
+
+def dropped() -> int:
+    """Lines lost since the last one that got through."""
+    return _dropped
+
+
+def _text(value: object) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in str(value))[:500]
+    return '"' + text.replace('"', "'") + '"' if not text or any(c in text for c in ' "=') else text
