@@ -1,0 +1,55 @@
+"""A running namespace joins and leaves the mesh, over and over, and its customers notice nothing."""
+
+import json
+import signal
+import subprocess
+
+from tests.harness.lab import Lab, build_customers, eventually
+
+TOGGLES = 20
+RATE, KEPT = 500, 50
+
+
+def last(process: "subprocess.Popen[str]") -> dict[str, float]:
+    """Ends the customers and returns their final report."""
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    return dict(json.loads(output.strip().splitlines()[-1]))
+
+
+def test_toggles_under_load_lose_nothing(mesh: Lab) -> None:
+    mesh.release("world")
+    before = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in mesh.pods("world")}
+    customers = str(build_customers())
+    command = [customers, "buy", mesh.address("world/server"), "7000", str(RATE), str(KEPT)]
+    process = mesh.popen("world/client", *command, stdout=subprocess.PIPE)
+    try:
+        for _ in range(TOGGLES // 2):
+            mesh.enrol("world")
+            mesh.release("world")
+    finally:
+        result = last(process)
+    print(f"{TOGGLES} toggles: {result}")
+    assert result["failed"] == 0, result
+    assert result["kept_open"] == KEPT
+    assert result["kept_broken"] == 0
+    assert result["requests"] > RATE
+    assert {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in mesh.pods("world")} == before
+
+
+def test_the_load_can_fail(mesh: Lab) -> None:
+    """The control: customers of a server that goes away count it."""
+    customers = str(build_customers())
+    server = mesh.popen("world/server", customers, "serve", "7001")
+    command = [customers, "buy", mesh.address("world/server"), "7001", "50", "5"]
+    process = mesh.popen("world/client", *command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        eventually("customers", lambda: json.loads(process.stdout.readline() or "{}").get("requests", 0) > 10)  # type: ignore[union-attr]
+        server.terminate()
+        server.wait(20)
+        eventually("failures", lambda: json.loads(process.stdout.readline() or "{}").get("kept_broken", 0) == 5)  # type: ignore[union-attr]
+    finally:
+        server.kill()
+        result = last(process)
+    assert result["failed"] > 5
