@@ -2,9 +2,10 @@
 /*
  * What the mesh looks like: workloads, services, policies, and the way to an address.
  *
- * One writer (the control thread) builds, many workers read. mesh_apply() clones the touched shards and publishes a new view; a
- * worker adopts it with mesh_view() at the top of its loop and uses it until the next call. A connection copies what it needs out of a
- * view and holds no pointer into one across loop iterations. mesh_sync() returns once every worker has moved on: then old views are freed.
+ * One writer (the control thread) builds, many workers read. mesh_apply() clones the touched shards and publishes a new
+ * view; a worker adopts it with mesh_view() at the top of its loop and uses it until the next call. A connection copies
+ * what it needs out of a view and holds no pointer into one across loop iterations. mesh_sync() returns once every
+ * worker has moved on: then old views are freed.
  */
 #ifndef SIDESTEP_MESH_H
 #define SIDESTEP_MESH_H
@@ -28,7 +29,7 @@ struct workload {
         const char *const *policies; /* names of the selector policies */
         unsigned npolicies;
         enum mesh_protocol protocol;
-        bool healthy, has_waypoint, host_network;
+        bool healthy, has_waypoint, host_network, app_tunnel;
         uint32_t capacity;
         uint64_t record; /* changes when the record changes: tunnels to it are then not reused */
 };
@@ -41,6 +42,9 @@ enum route_kind {
         ROUTE_UNKNOWN, /* inside the cluster's ranges without a record: hold, then refuse */
 };
 
+#define ROUTE_SANS 64 /* a service with more is refused as a record */
+
+/* Not to be copied by assignment: sans may point into san_space. */
 struct route {
         enum route_kind kind;
         const struct workload *dst; /* NULL: outside the mesh */
@@ -49,18 +53,29 @@ struct route {
         const char *service_host, *service_name, *service_namespace; /* "" when not addressed by service */
         const char *const *sans; /* identities the peer may have: the workload's, then the service's */
         unsigned nsans;
-        const char *reason;
+        const char *reason; /* static */
+        const char *san_space[ROUTE_SANS];
 };
 
 int mesh_new(struct mesh **out, unsigned readers);
 void mesh_free(struct mesh *m);
 int mesh_settings(struct mesh *m, const struct tunnel_settings *s);
 
-/* Writer. One batch, all or nothing in framing; single records that cannot be decoded are reported as "name: reason\n". */
+/* Writer. One batch, all or nothing in framing; single records that cannot be decoded are reported as "name: reason\n".
+ */
 int mesh_apply(struct mesh *m, const uint8_t *batch, size_t len, char *report, size_t report_len);
-/* Writer: waits until every reader has adopted the newest view (mesh_wake is called for each to get it out of epoll), frees older ones. */
-void mesh_sync(struct mesh *m, void (*wake)(void *arg, unsigned reader), void *arg);
-int mesh_dump(struct mesh *m, const char *what, int fd); /* workloads services policies versions */
+/* Writer: waits until every reader has adopted the newest view (wake is called for each that has not, to get it out of
+ * epoll), frees older ones. -ETIMEDOUT after MESH_SYNC_MS: a reader is stuck; the state is published all the same, and
+ * what it may hold is kept. */
+#define MESH_SYNC_MS 10000
+int mesh_sync(struct mesh *m, void (*wake)(void *arg, unsigned reader), void *arg);
+/* Writer. "workloads", "services", "policies": a JSON array; "versions": lines "address NAME VERSION" and "policy NAME
+ * VERSION". */
+int mesh_dump(struct mesh *m, const char *what, int fd);
+struct mesh_counts {
+        uint64_t workloads, services, policies;
+};
+void mesh_counts(struct mesh *m, struct mesh_counts *out); /* Writer. */
 
 /* Reader, worker (reader): adopts and returns the newest view. Never blocks, takes no lock. */
 const struct mesh_view *mesh_view(struct mesh *m, unsigned reader);
@@ -71,9 +86,13 @@ uint64_t view_generation(const struct mesh_view *v);
 const struct workload *view_workload(const struct mesh_view *v, const char *uid);
 const struct workload *view_workload_at(const struct mesh_view *v, const struct addr *a); /* own network */
 /* reference/ztunnel.md 1.3 to 1.5. random: one 64-bit random number per call. */
-void view_route(const struct mesh_view *v, const struct workload *src, const struct endpoint *dst, uint64_t random, struct route *out);
+void view_route(const struct mesh_view *v, const struct workload *src, const struct endpoint *dst, uint64_t random,
+                struct route *out);
 /* For inbound labels: the first service of the workload whose target port is this one. "" where none. */
 void view_inbound_service(const struct mesh_view *v, const struct workload *w, uint16_t port, struct route *out);
+/* Of policies that select the workload (named by its record, of its namespace, mesh-wide; no dry runs) the first one's
+ * name, or NULL. A named one that is not held counts: a policy that is not known yet may deny. */
+const char *view_policy_for(const struct mesh_view *v, const struct workload *w);
 /* All policies that the record names (and the namespace and mesh-wide ones) have been received. */
 bool view_policies_known(const struct mesh_view *v, const struct workload *w);
 

@@ -16,6 +16,7 @@ struct rbac_verdict {
         const char *policy; /* "namespace/name" that decided, "" when none did */
 };
 
-void rbac_decide(const struct mesh_view *v, const struct workload *dst, const struct rbac_request *req, struct rbac_verdict *out);
+void rbac_decide(const struct mesh_view *v, const struct workload *dst, const struct rbac_request *req,
+                 struct rbac_verdict *out);
 
 #endif

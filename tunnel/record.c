@@ -1,0 +1,1020 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Theory of operation. A small protobuf reader over a bounded span: it never reads past the end, recurses only into the
+ * messages we know (depth is fixed by the code), and refuses groups, field number 0, overlong varints and a known field
+ * of the wrong wire type. A message is decoded in two steps: first into spans that point into the body, then, once all
+ * of it was found good, into one block. Unknown fields are skipped after their framing was checked; unknown enum values
+ * are refused (but Service.visibility, as ztunnel does), for a value that we do not know might ask for more protection
+ * than we give. Field numbers: reference ztunnel.md 3.4 and 3.5. Nothing blocks.
+ */
+#include "record.h"
+#include "table.h"
+#include <stdlib.h>
+#include <string.h>
+
+#define NO_LIMIT UINT32_MAX
+#define WORKLOAD_SERVICES_MAX 1024 /* they are compared pairwise */
+
+/* ---- wire format ---- */
+
+enum wire { WIRE_VARINT = 0, WIRE_I64 = 1, WIRE_LEN = 2, WIRE_I32 = 5 };
+
+struct field {
+        uint32_t number;
+        enum wire wire;
+        uint64_t value;     /* WIRE_VARINT */
+        struct bytes bytes; /* WIRE_LEN */
+};
+
+static const char *const TRUNCATED = "malformed protobuf";
+static const char *const WRONG_TYPE = "field of a wrong type";
+static const char *const BAD_TEXT = "text that is not UTF-8 or holds control characters";
+static const char *const BAD_ENUM = "unknown enum value";
+static const char *const BAD_ADDRESS = "address is neither 4 nor 16 bytes";
+static const char *const BAD_PORT = "port out of range";
+
+static int varint(struct bytes *b, uint64_t *out)
+{
+        uint64_t v = 0;
+        for (unsigned i = 0; i < 10 && i < b->len; i++) {
+                if (i == 9 && b->p[i] > 1)
+                        return -1;
+                v |= (uint64_t)(b->p[i] & 0x7f) << (7 * i);
+                if (!(b->p[i] & 0x80)) {
+                        b->p += i + 1;
+                        b->len -= i + 1;
+                        *out = v;
+                        return 0;
+                }
+        }
+        return -1;
+}
+
+static int skip(struct bytes *b, uint64_t n)
+{
+        if (n > b->len)
+                return -1;
+        b->p += n;
+        b->len -= n;
+        return 0;
+}
+
+/* 1: a field, 0: the end, -1: malformed. */
+static int next_field(struct bytes *b, struct field *f)
+{
+        uint64_t key;
+        if (!b->len)
+                return 0;
+        if (varint(b, &key) || key >> 3 == 0 || key >> 3 > 0x1fffffff)
+                return -1;
+        *f = (struct field){.number = (uint32_t)(key >> 3), .wire = key & 7};
+        switch (f->wire) {
+        case WIRE_VARINT:
+                return varint(b, &f->value) ? -1 : 1;
+        case WIRE_I64:
+                return skip(b, 8) ? -1 : 1;
+        case WIRE_I32:
+                return skip(b, 4) ? -1 : 1;
+        case WIRE_LEN: {
+                uint64_t n;
+                if (varint(b, &n))
+                        return -1;
+                f->bytes.p = b->p;
+                if (skip(b, n))
+                        return -1;
+                f->bytes.len = (size_t)n;
+                return 1;
+        }
+        }
+        return -1;
+}
+
+bool record_text(const uint8_t *p, size_t len)
+{
+        for (size_t i = 0; i < len;) {
+                uint8_t c = p[i];
+                unsigned more;
+                uint32_t v;
+                if (c < 0x80) {
+                        if (c < 0x20 || c == 0x7f)
+                                return false;
+                        i++;
+                        continue;
+                }
+                if (c >= 0xc2 && c <= 0xdf) {
+                        more = 1;
+                        v = c & 0x1f;
+                } else if (c >= 0xe0 && c <= 0xef) {
+                        more = 2;
+                        v = c & 0x0f;
+                } else if (c >= 0xf0 && c <= 0xf4) {
+                        more = 3;
+                        v = c & 0x07;
+                } else {
+                        return false;
+                }
+                if (len - i <= more)
+                        return false;
+                for (unsigned k = 1; k <= more; k++) {
+                        if ((p[i + k] & 0xc0) != 0x80)
+                                return false;
+                        v = v << 6 | (p[i + k] & 0x3f);
+                }
+                if ((more == 2 && v < 0x800) || (more == 3 && v < 0x10000) || v > 0x10ffff ||
+                    (v >= 0xd800 && v <= 0xdfff))
+                        return false;
+                i += more + 1;
+        }
+        return true;
+}
+
+static const char *text(const struct field *f, struct bytes *out)
+{
+        if (f->wire != WIRE_LEN)
+                return WRONG_TYPE;
+        if (!record_text(f->bytes.p, f->bytes.len))
+                return BAD_TEXT;
+        *out = f->bytes;
+        return NULL;
+}
+
+/* enums and bools: a value up to max */
+static const char *number(const struct field *f, uint32_t max, uint32_t *out, const char *reason)
+{
+        if (f->wire != WIRE_VARINT)
+                return WRONG_TYPE;
+        if (f->value > max)
+                return reason;
+        *out = (uint32_t)f->value;
+        return NULL;
+}
+
+static const char *boolean(const struct field *f, bool *out)
+{
+        if (f->wire != WIRE_VARINT)
+                return WRONG_TYPE;
+        *out = f->value != 0;
+        return NULL;
+}
+
+static const char *framing(const struct field *f)
+{
+        struct bytes b = f->bytes;
+        struct field x;
+        int r;
+        if (f->wire != WIRE_LEN)
+                return WRONG_TYPE;
+        while ((r = next_field(&b, &x)) > 0)
+                ;
+        return r ? TRUNCATED : NULL;
+}
+
+/* Opens a message field. Returns a reason, or NULL and the body to iterate. */
+static const char *message(const struct field *f, struct bytes *body)
+{
+        if (f->wire != WIRE_LEN)
+                return WRONG_TYPE;
+        *body = f->bytes;
+        return NULL;
+}
+
+/* ---- scratch ---- */
+
+struct membership_span {
+        struct bytes key;
+        size_t first, count; /* in ports */
+};
+
+struct vip_span {
+        struct bytes network;
+        struct addr addr;
+        uint8_t prefix;
+};
+
+struct list {
+        void *items;
+        size_t count, cap;
+};
+
+struct decoder {
+        struct list addrs, policies, memberships, ports, vips, sans;
+        struct list join;
+};
+
+static void *push(struct list *l, size_t size)
+{
+        if (l->count == l->cap) {
+                l->cap = l->cap ? l->cap * 2 : 8;
+                l->items = must_grow(l->items, l->cap * size);
+        }
+        return memset((char *)l->items + size * l->count++, 0, size);
+}
+
+struct decoder *decoder_new(void)
+{
+        return must_alloc(sizeof(struct decoder));
+}
+
+void decoder_free(struct decoder *d)
+{
+        struct list *all[] = {&d->addrs, &d->policies, &d->memberships, &d->ports, &d->vips, &d->sans, &d->join};
+        for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++)
+                free(all[i]->items);
+        free(d);
+}
+
+/* ---- messages that several use ---- */
+
+static const char *port(struct decoder *d, const struct field *in)
+{
+        struct bytes b;
+        struct field f;
+        uint32_t service = 0, target = 0;
+        const char *bad = message(in, &b);
+        int r = 0;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number == 1)
+                        bad = number(&f, 65535, &service, BAD_PORT);
+                else if (f.number == 2)
+                        bad = number(&f, 65535, &target, BAD_PORT);
+        }
+        if (bad || r < 0)
+                return bad ? bad : TRUNCATED;
+        if (!service)
+                return BAD_PORT;
+        *(struct port_pair *)push(&d->ports, sizeof(struct port_pair)) =
+                (struct port_pair){(uint16_t)service, (uint16_t)target};
+        return NULL;
+}
+
+static const char *network_address(const struct field *in, struct vip_span *v)
+{
+        struct bytes b, raw = {0};
+        struct field f;
+        const char *bad = message(in, &b);
+        uint32_t length = NO_LIMIT;
+        int r = 0;
+        *v = (struct vip_span){.prefix = 128};
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number == 1)
+                        bad = text(&f, &v->network);
+                else if (f.number == 2)
+                        bad = message(&f, &raw);
+                else if (f.number == 3)
+                        bad = number(&f, 128, &length, "prefix length out of range");
+        }
+        if (bad || r < 0)
+                return bad ? bad : TRUNCATED;
+        if (addr_from_bytes(&v->addr, raw.p, raw.len))
+                return BAD_ADDRESS;
+        if (length == NO_LIMIT)
+                return NULL;
+        if (raw.len == 4 && length > 32)
+                return "prefix length out of range";
+        v->prefix = (uint8_t)(raw.len == 4 ? length + 96 : length);
+        return NULL;
+}
+
+/* Only whether it is there and well formed: waypoints and gateways come later. */
+static const char *gateway(const struct field *in)
+{
+        struct bytes b, name;
+        struct field f, x;
+        struct vip_span v;
+        const char *bad = message(in, &b);
+        bool named = false;
+        uint32_t port_;
+        int r = 0, q;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number == 1) {
+                        struct bytes inner;
+                        bad = message(&f, &inner);
+                        while (!bad && (q = next_field(&inner, &x)) != 0)
+                                bad = q < 0 ? TRUNCATED : x.number <= 2 ? text(&x, &name) : NULL;
+                        named = true;
+                } else if (f.number == 2) {
+                        bad = network_address(&f, &v);
+                        named = true;
+                } else if (f.number == 3) {
+                        bad = number(&f, 65535, &port_, BAD_PORT);
+                }
+        }
+        if (bad || r < 0)
+                return bad ? bad : TRUNCATED;
+        return named ? NULL : "waypoint or gateway without a destination";
+}
+
+static const char *packed_scope(const struct field *f, uint8_t scopes[LB_SCOPES_MAX], uint8_t *n)
+{
+        struct bytes b = f->bytes;
+        uint64_t v = f->value;
+        if (f->wire != WIRE_VARINT && f->wire != WIRE_LEN)
+                return WRONG_TYPE;
+        do {
+                if (f->wire == WIRE_LEN) {
+                        if (!b.len)
+                                return NULL;
+                        if (varint(&b, &v))
+                                return TRUNCATED;
+                }
+                if (v < SCOPE_REGION || v > SCOPE_NETWORK)
+                        return BAD_ENUM;
+                if (*n == LB_SCOPES_MAX)
+                        return "too many routing preferences";
+                scopes[(*n)++] = (uint8_t)v;
+        } while (f->wire == WIRE_LEN);
+        return NULL;
+}
+
+/* ---- Workload ---- */
+
+enum {
+        W_NAME,
+        W_NAMESPACE,
+        W_NETWORK,
+        W_TRUST_DOMAIN,
+        W_ACCOUNT,
+        W_NODE,
+        W_CANONICAL,
+        W_REVISION,
+        W_WORKLOAD,
+        W_CLUSTER,
+        W_UID,
+        W_HOSTNAME,
+        W_REGION,
+        W_ZONE,
+        W_SUBZONE,
+        W_TEXTS
+};
+
+struct workload_span {
+        struct bytes text[W_TEXTS];
+        uint32_t protocol, type, status, network_mode, capacity;
+        bool waypoint, app_tunnel;
+};
+
+static const char *workload_services(struct decoder *d, const struct field *in)
+{
+        struct bytes b, list;
+        struct field f, x;
+        struct membership_span m = {.first = d->ports.count};
+        const char *bad = message(in, &b);
+        int r = 0, q;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number == 1) {
+                        bad = text(&f, &m.key);
+                } else if (f.number == 2) {
+                        bad = message(&f, &list);
+                        while (!bad && (q = next_field(&list, &x)) != 0)
+                                bad = q < 0 ? TRUNCATED : x.number == 1 ? port(d, &x) : NULL;
+                }
+        }
+        if (bad || r < 0)
+                return bad ? bad : TRUNCATED;
+        if (!m.key.len)
+                return "service without a name";
+        if (d->memberships.count == WORKLOAD_SERVICES_MAX)
+                return "endpoint of too many services";
+        m.count = d->ports.count - m.first;
+        /* Of two entries with one key protobuf keeps the last. */
+        struct membership_span *all = d->memberships.items;
+        for (size_t i = 0; i < d->memberships.count; i++) {
+                if (all[i].key.len == m.key.len && memcmp(all[i].key.p, m.key.p, m.key.len) == 0) {
+                        all[i] = m;
+                        return NULL;
+                }
+        }
+        *(struct membership_span *)push(&d->memberships, sizeof(m)) = m;
+        return NULL;
+}
+
+static const char *workload_nested(struct workload_span *w, const struct field *in)
+{
+        struct bytes b;
+        struct field f;
+        const char *bad = message(in, &b);
+        uint32_t x;
+        int r = 0;
+        if (in->number == 27)
+                w->capacity = 0; /* google.protobuf.UInt32Value: present and empty is 0 */
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (in->number == 27 && f.number == 1)
+                        bad = number(&f, UINT32_MAX, &w->capacity, "capacity out of range");
+                else if (in->number == 24 && f.number >= 1 && f.number <= 3)
+                        bad = text(&f, &w->text[W_REGION + f.number - 1]);
+                else if (in->number == 23 && f.number == 1)
+                        bad = number(&f, 1, &x, BAD_ENUM);
+                else if (in->number == 23 && f.number == 2)
+                        bad = number(&f, 65535, &x, BAD_PORT);
+        }
+        if (in->number == 23)
+                w->app_tunnel = true;
+        return bad ? bad : r < 0 ? TRUNCATED : NULL;
+}
+
+static const char *workload_span(struct decoder *d, struct bytes b, struct workload_span *w)
+{
+        static const uint8_t texts[28] = {
+                [1] = W_NAME + 1,      [2] = W_NAMESPACE + 1, [4] = W_NETWORK + 1,    [6] = W_TRUST_DOMAIN + 1,
+                [7] = W_ACCOUNT + 1,   [9] = W_NODE + 1,      [10] = W_CANONICAL + 1, [11] = W_REVISION + 1,
+                [13] = W_WORKLOAD + 1, [18] = W_CLUSTER + 1,  [20] = W_UID + 1,       [21] = W_HOSTNAME + 1,
+        };
+        struct field f;
+        const char *bad = NULL;
+        bool unused;
+        int r = 0;
+        *w = (struct workload_span){.capacity = 1};
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number < 28 && texts[f.number]) {
+                        bad = text(&f, &w->text[texts[f.number] - 1]);
+                        continue;
+                }
+                switch (f.number) {
+                case 3: {
+                        struct addr a;
+                        if (f.wire != WIRE_LEN)
+                                bad = WRONG_TYPE;
+                        else if (addr_from_bytes(&a, f.bytes.p, f.bytes.len))
+                                bad = BAD_ADDRESS;
+                        else
+                                *(struct addr *)push(&d->addrs, sizeof(a)) = a;
+                        break;
+                }
+                case 5:
+                        bad = number(&f, 2, &w->protocol, BAD_ENUM);
+                        if (!bad && w->protocol == 2)
+                                bad = "the legacy tunnel protocol is not supported";
+                        break;
+                case 8:
+                        w->waypoint = true;
+                        bad = gateway(&f);
+                        break;
+                case 12:
+                        bad = number(&f, 3, &w->type, BAD_ENUM);
+                        break;
+                case 14:
+                        bad = boolean(&f, &unused);
+                        break;
+                case 16: {
+                        struct bytes name;
+                        bad = text(&f, &name);
+                        if (!bad)
+                                *(struct bytes *)push(&d->policies, sizeof(name)) = name;
+                        break;
+                }
+                case 17:
+                        bad = number(&f, 1, &w->status, BAD_ENUM);
+                        break;
+                case 19:
+                        bad = gateway(&f);
+                        break;
+                case 22:
+                        bad = workload_services(d, &f);
+                        break;
+                case 23:
+                case 24:
+                case 27:
+                        bad = workload_nested(w, &f);
+                        break;
+                case 25:
+                        bad = number(&f, 1, &w->network_mode, BAD_ENUM);
+                        break;
+                case 26:
+                        bad = framing(&f);
+                        break;
+                }
+        }
+        return bad ? bad : r < 0 ? TRUNCATED : NULL;
+}
+
+/* Hands out pieces of one block; a first pass with base NULL only counts. */
+struct pack {
+        char *base;
+        size_t used;
+};
+
+static void *pack(struct pack *p, size_t size, size_t align)
+{
+        p->used = (p->used + align - 1) & ~(align - 1);
+        void *at = p->base ? p->base + p->used : NULL;
+        p->used += size;
+        return at;
+}
+
+static const char *pack_text(struct pack *p, struct bytes b)
+{
+        char *at = pack(p, b.len + 1, 1);
+        if (at) {
+                if (b.len)
+                        memcpy(at, b.p, b.len);
+                at[b.len] = 0;
+        }
+        return at;
+}
+
+static const char *intern_text(struct interns *in, struct bytes b, const char *otherwise)
+{
+        return b.len ? intern(in, b.p, b.len) : intern(in, otherwise, strlen(otherwise));
+}
+
+static bool has_slash(struct bytes b)
+{
+        return b.len && memchr(b.p, '/', b.len);
+}
+
+static bool holds(struct bytes b, const char *what)
+{
+        return b.len && memmem(b.p, b.len, what, strlen(what));
+}
+
+static const char *const WORKLOAD_TYPES[] = {"deployment", "cronjob", "pod", "job"};
+
+static struct workload_record *workload_block(struct decoder *d, struct interns *in, const struct workload_span *w,
+                                              struct bytes version)
+{
+        struct workload_record *x = NULL;
+        const struct membership_span *spans = d->memberships.items;
+        const struct bytes *names = d->policies.items;
+        struct pack p = {0};
+        for (int pass = 0; pass < 2; pass++) {
+                if (pass)
+                        p = (struct pack){.base = must_alloc(p.used)};
+                x = pack(&p, sizeof(*x), _Alignof(struct workload_record));
+                const char **policies = pack(&p, d->policies.count * sizeof(char *), sizeof(char *));
+                struct membership *members = pack(&p, d->memberships.count * sizeof(*members), sizeof(char *));
+                struct port_pair *ports = pack(&p, d->ports.count * sizeof(*ports), _Alignof(struct port_pair));
+                struct addr *addrs = pack(&p, d->addrs.count * sizeof(*addrs), 1);
+                const char *uid = pack_text(&p, w->text[W_UID]), *name = pack_text(&p, w->text[W_NAME]);
+                const char *ver = pack_text(&p, version);
+                if (!pass)
+                        continue;
+                x->w.uid = uid;
+                x->w.name = name;
+                x->r.name = uid;
+                x->r.version = ver;
+                x->w.addrs = addrs;
+                x->w.policies = policies;
+                x->services = members;
+                if (d->addrs.count)
+                        memcpy(addrs, d->addrs.items, d->addrs.count * sizeof(*addrs));
+                if (d->ports.count)
+                        memcpy(ports, d->ports.items, d->ports.count * sizeof(*ports));
+                for (size_t i = 0; i < d->policies.count; i++)
+                        policies[i] = intern(in, names[i].p, names[i].len);
+                for (size_t i = 0; i < d->memberships.count; i++)
+                        members[i] = (struct membership){.service = intern(in, spans[i].key.p, spans[i].key.len),
+                                                         .ports = ports + spans[i].first,
+                                                         .nports = (unsigned)spans[i].count};
+        }
+        x->w.naddrs = (unsigned)d->addrs.count;
+        x->w.npolicies = (unsigned)d->policies.count;
+        x->nservices = (unsigned)d->memberships.count;
+        x->w.namespace_ = intern_text(in, w->text[W_NAMESPACE], "");
+        x->w.service_account = intern_text(in, w->text[W_ACCOUNT], "default");
+        x->w.trust_domain = intern_text(in, w->text[W_TRUST_DOMAIN], "cluster.local");
+        x->w.network = intern_text(in, w->text[W_NETWORK], "");
+        x->w.node = intern_text(in, w->text[W_NODE], "");
+        x->w.cluster_id = intern_text(in, w->text[W_CLUSTER], "Kubernetes");
+        x->w.canonical_name = intern_text(in, w->text[W_CANONICAL], "");
+        x->w.canonical_revision = intern_text(in, w->text[W_REVISION], "");
+        x->w.workload_name = intern_text(in, w->text[W_WORKLOAD], "");
+        x->w.workload_type = WORKLOAD_TYPES[w->type];
+        x->w.region = intern_text(in, w->text[W_REGION], "");
+        x->w.zone = intern_text(in, w->text[W_ZONE], "");
+        x->w.subzone = intern_text(in, w->text[W_SUBZONE], "");
+
+        size_t len = strlen(x->w.trust_domain) + strlen(x->w.namespace_) + strlen(x->w.service_account) + 20;
+        char *id = must_alloc(len);
+        int n = snprintf(id, len, "spiffe://%s/ns/%s/sa/%s", x->w.trust_domain, x->w.namespace_, x->w.service_account);
+        x->w.identity = intern(in, id, (size_t)n);
+        free(id);
+
+        x->w.protocol = w->protocol ? MESH_HBONE : MESH_PLAIN;
+        x->w.healthy = w->status == 0;
+        x->w.has_waypoint = w->waypoint;
+        x->w.host_network = w->network_mode == 1;
+        x->w.app_tunnel = w->app_tunnel;
+        x->w.capacity = w->capacity;
+        bool pod = holds(w->text[W_UID], "//Pod/");
+        x->rank = (uint8_t)(pod ? 2 + (w->protocol != 0) : w->protocol != 0);
+        return x;
+}
+
+static const char *decode_workload(struct decoder *d, struct interns *in, struct bytes name, struct bytes version,
+                                   struct bytes body, struct workload_record **out)
+{
+        struct workload_span w;
+        const char *bad = workload_span(d, body, &w);
+        if (bad)
+                return bad;
+        if (w.text[W_UID].len != name.len || memcmp(w.text[W_UID].p, name.p, name.len) != 0)
+                return "the resource's name is not the workload's uid";
+        /* Else spiffe://TD/ns/A/sa/B could be made to name somebody else. */
+        if (!w.text[W_NAMESPACE].len || has_slash(w.text[W_NAMESPACE]) || has_slash(w.text[W_ACCOUNT]) ||
+            has_slash(w.text[W_TRUST_DOMAIN]))
+                return "namespace, service account or trust domain cannot be part of an identity";
+        *out = workload_block(d, in, &w, version);
+        return NULL;
+}
+
+/* ---- Service ---- */
+
+struct service_span {
+        struct bytes name, namespace_, hostname;
+        uint8_t scopes[LB_SCOPES_MAX], nscopes;
+        uint32_t mode, health, families;
+        bool waypoint, canonical, namespace_only;
+};
+
+static const char *load_balancing(struct service_span *s, const struct field *in)
+{
+        struct bytes b;
+        struct field f;
+        const char *bad = message(in, &b);
+        int r = 0;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number == 1)
+                        bad = packed_scope(&f, s->scopes, &s->nscopes);
+                else if (f.number == 2)
+                        bad = number(&f, LB_PASSTHROUGH, &s->mode, BAD_ENUM);
+                else if (f.number == 3)
+                        bad = number(&f, 1, &s->health, BAD_ENUM);
+        }
+        return bad ? bad : r < 0 ? TRUNCATED : NULL;
+}
+
+static const char *weighted_waypoint(const struct field *in)
+{
+        struct bytes b;
+        struct field f;
+        uint32_t weight;
+        const char *bad = message(in, &b);
+        int r = 0;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number == 1)
+                        bad = gateway(&f);
+                else if (f.number == 2)
+                        bad = number(&f, UINT32_MAX, &weight, "weight out of range");
+        }
+        return bad ? bad : r < 0 ? TRUNCATED : NULL;
+}
+
+static const char *service_span(struct decoder *d, struct bytes b, struct service_span *s)
+{
+        struct field f;
+        struct vip_span v;
+        const char *bad = NULL;
+        bool unused;
+        int r = 0;
+        *s = (struct service_span){0};
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                switch (f.number) {
+                case 1:
+                        bad = text(&f, &s->name);
+                        break;
+                case 2:
+                        bad = text(&f, &s->namespace_);
+                        break;
+                case 3:
+                        bad = text(&f, &s->hostname);
+                        break;
+                case 4:
+                        bad = network_address(&f, &v);
+                        if (!bad)
+                                *(struct vip_span *)push(&d->vips, sizeof(v)) = v;
+                        break;
+                case 5:
+                        bad = port(d, &f);
+                        break;
+                case 6: {
+                        struct bytes san;
+                        bad = text(&f, &san);
+                        /* What is no SPIFFE URI can never match a peer. */
+                        if (!bad && san.len > 9 && memcmp(san.p, "spiffe://", 9) == 0)
+                                *(struct bytes *)push(&d->sans, sizeof(san)) = san;
+                        break;
+                }
+                case 7:
+                        s->waypoint = true;
+                        bad = gateway(&f);
+                        break;
+                case 8:
+                        bad = load_balancing(s, &f);
+                        break;
+                case 9:
+                        bad = number(&f, FAMILIES_BOTH, &s->families, BAD_ENUM);
+                        break;
+                case 10:
+                        bad = framing(&f);
+                        break;
+                case 11:
+                        bad = boolean(&f, &s->canonical);
+                        break;
+                case 12:
+                        bad = boolean(&f, &unused);
+                        break;
+                case 13:
+                        s->waypoint = true;
+                        bad = weighted_waypoint(&f);
+                        break;
+                case 14: /* unknown values are PUBLIC */
+                        if (f.wire != WIRE_VARINT)
+                                bad = WRONG_TYPE;
+                        else
+                                s->namespace_only = f.value == 1;
+                        break;
+                }
+        }
+        if (bad || r < 0)
+                return bad ? bad : TRUNCATED;
+        return d->sans.count > ROUTE_SANS - 1 ? "too many subject alternative names" : NULL;
+}
+
+static struct service_record *service_block(struct decoder *d, struct interns *in, const struct service_span *s,
+                                            struct bytes name, struct bytes version)
+{
+        struct service_record *x = NULL;
+        const struct vip_span *spans = d->vips.items;
+        const struct bytes *names = d->sans.items;
+        struct pack p = {0};
+        for (int pass = 0; pass < 2; pass++) {
+                if (pass)
+                        p = (struct pack){.base = must_alloc(p.used)};
+                x = pack(&p, sizeof(*x), _Alignof(struct service_record));
+                const char **sans = pack(&p, d->sans.count * sizeof(char *), sizeof(char *));
+                struct vip *vips = pack(&p, d->vips.count * sizeof(*vips), _Alignof(struct vip));
+                struct port_pair *ports = pack(&p, d->ports.count * sizeof(*ports), _Alignof(struct port_pair));
+                const char *ver = pack_text(&p, version), *nm = pack_text(&p, s->name);
+                if (!pass)
+                        continue;
+                x->r.version = ver;
+                x->name = nm;
+                x->sans = sans;
+                x->vips = vips;
+                x->ports = ports;
+                if (d->ports.count)
+                        memcpy(ports, d->ports.items, d->ports.count * sizeof(*ports));
+                for (size_t i = 0; i < d->sans.count; i++)
+                        sans[i] = intern(in, names[i].p, names[i].len);
+                for (size_t i = 0; i < d->vips.count; i++)
+                        vips[i] = (struct vip){.network = intern_text(in, spans[i].network, ""),
+                                               .addr = spans[i].addr,
+                                               .prefix = spans[i].prefix};
+        }
+        x->r.name = x->key = intern(in, name.p, name.len);
+        x->namespace_ = intern(in, s->namespace_.p, s->namespace_.len);
+        x->hostname = intern(in, s->hostname.p, s->hostname.len);
+        x->nvips = (unsigned)d->vips.count;
+        x->nports = (unsigned)d->ports.count;
+        x->nsans = (unsigned)d->sans.count;
+        memcpy(x->scopes, s->scopes, sizeof(x->scopes));
+        x->nscopes = s->nscopes;
+        x->mode = (uint8_t)s->mode;
+        x->families = (uint8_t)s->families;
+        x->allow_unhealthy = s->health == 1;
+        x->canonical = s->canonical;
+        x->namespace_only = s->namespace_only;
+        x->has_waypoint = s->waypoint;
+        return x;
+}
+
+static const char *decode_service(struct decoder *d, struct interns *in, struct bytes name, struct bytes version,
+                                  struct bytes body, struct service_record **out)
+{
+        struct service_span s;
+        const char *bad = service_span(d, body, &s);
+        if (bad)
+                return bad;
+        size_t n = s.namespace_.len;
+        if (!n || !s.hostname.len || has_slash(s.namespace_) || name.len != n + 1 + s.hostname.len ||
+            name.p[n] != '/' || memcmp(name.p, s.namespace_.p, n) != 0 ||
+            memcmp(name.p + n + 1, s.hostname.p, s.hostname.len) != 0)
+                return "the resource's name is not the service's namespace/hostname";
+        *out = service_block(d, in, &s, name, version);
+        return NULL;
+}
+
+static const char *check_name(struct bytes name)
+{
+        if (!record_text(name.p, name.len))
+                return BAD_TEXT;
+        return memchr(name.p, ' ', name.len) ? "a name with a space" : NULL;
+}
+
+static void fill(struct interns *in, struct record *r, struct bytes body)
+{
+        r->body_len = (uint32_t)body.len;
+        r->body_hash = hash_bytes(body.p, body.len, in->seed);
+}
+
+const char *record_address(struct decoder *d, struct interns *in, struct bytes name, struct bytes version,
+                           struct bytes body, struct workload_record **workload, struct service_record **service)
+{
+        struct list *all[] = {&d->addrs, &d->policies, &d->memberships, &d->ports, &d->vips, &d->sans};
+        struct bytes b = body, inner = {0};
+        struct field f;
+        uint32_t kind = 0;
+        const char *bad = check_name(name);
+        int r = 0;
+        for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++)
+                all[i]->count = 0;
+        if (!bad && !record_text(version.p, version.len))
+                bad = BAD_TEXT;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number != 1 && f.number != 2)
+                        continue;
+                if (kind)
+                        return "more than one workload or service";
+                kind = f.number;
+                bad = message(&f, &inner);
+        }
+        if (bad || r < 0)
+                return bad ? bad : TRUNCATED;
+        if (!kind)
+                return "neither a workload nor a service";
+        *workload = NULL;
+        *service = NULL;
+        if (kind == 1)
+                bad = decode_workload(d, in, name, version, inner, workload);
+        else
+                bad = decode_service(d, in, name, version, inner, service);
+        if (!bad)
+                fill(in, kind == 1 ? &(*workload)->r : &(*service)->r, body);
+        return bad;
+}
+
+/* ---- Authorization ---- */
+
+static const char *string_match(const struct field *in)
+{
+        struct bytes b, s;
+        struct field f;
+        const char *bad = message(in, &b);
+        bool some = false;
+        int r = 0;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number >= 1 && f.number <= 3)
+                        bad = text(&f, &s);
+                else if (f.number == 4)
+                        bad = framing(&f);
+                some |= f.number >= 1 && f.number <= 4;
+        }
+        /* Dropping such a match would widen the policy: an empty list constrains nothing. */
+        return bad ? bad : r < 0 ? TRUNCATED : some ? NULL : "a match without a value";
+}
+
+static const char *cidr(const struct field *in)
+{
+        struct bytes b, raw = {0};
+        struct field f;
+        struct addr a;
+        uint32_t length = 0;
+        const char *bad = message(in, &b);
+        int r = 0;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (f.number == 1)
+                        bad = message(&f, &raw);
+                else if (f.number == 2)
+                        bad = number(&f, 128, &length, "prefix length out of range");
+        }
+        if (bad || r < 0)
+                return bad ? bad : TRUNCATED;
+        if (addr_from_bytes(&a, raw.p, raw.len))
+                return BAD_ADDRESS;
+        return raw.len == 4 && length > 32 ? "prefix length out of range" : NULL;
+}
+
+static const char *match_ports(const struct field *in)
+{
+        struct bytes b = in->bytes;
+        uint64_t v = in->value;
+        if (in->wire == WIRE_VARINT)
+                return v > 65535 ? BAD_PORT : NULL;
+        if (in->wire != WIRE_LEN)
+                return WRONG_TYPE;
+        while (b.len) {
+                if (varint(&b, &v))
+                        return TRUNCATED;
+                if (v > 65535)
+                        return BAD_PORT;
+        }
+        return NULL;
+}
+
+/* depth 0: Rule, 1: Clause, 2: Match */
+static const char *rule(const struct field *in, unsigned depth)
+{
+        struct bytes b;
+        struct field f;
+        const char *bad = message(in, &b);
+        int r = 0;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                if (depth < 2)
+                        bad = f.number == 1 ? rule(&f, depth + 1) : NULL;
+                else if (f.number >= 1 && f.number <= 4)
+                        bad = string_match(&f);
+                else if (f.number >= 5 && f.number <= 8)
+                        bad = cidr(&f);
+                else if (f.number == 9 || f.number == 10)
+                        bad = match_ports(&f);
+                else if (f.number >= 11 && f.number <= 13)
+                        bad = framing(&f);
+        }
+        return bad ? bad : r < 0 ? TRUNCATED : NULL;
+}
+
+const char *record_policy(struct interns *in, struct bytes name, struct bytes version, struct bytes body,
+                          struct policy_record **policy)
+{
+        struct bytes b = body, pname = {0}, namespace_ = {0};
+        struct field f;
+        uint32_t scope = 0, action = 0;
+        bool dry_run = false;
+        const char *bad = check_name(name);
+        int r = 0;
+        if (!bad && !record_text(version.p, version.len))
+                bad = BAD_TEXT;
+        while (!bad && (r = next_field(&b, &f)) > 0) {
+                switch (f.number) {
+                case 1:
+                        bad = text(&f, &pname);
+                        break;
+                case 2:
+                        bad = text(&f, &namespace_);
+                        break;
+                case 3:
+                        bad = number(&f, 2, &scope, BAD_ENUM);
+                        break;
+                case 4:
+                        bad = number(&f, 1, &action, BAD_ENUM);
+                        break;
+                case 5:
+                        bad = rule(&f, 0);
+                        break;
+                case 6:
+                        bad = boolean(&f, &dry_run);
+                        break;
+                case 7:
+                        bad = framing(&f);
+                        break;
+                }
+        }
+        if (bad || r < 0)
+                return bad ? bad : TRUNCATED;
+        if (scope != POLICY_GLOBAL && !namespace_.len)
+                return "a policy without a namespace";
+        struct pack p = {0};
+        struct policy_record *x = NULL;
+        for (int pass = 0; pass < 2; pass++) {
+                if (pass)
+                        p = (struct pack){.base = must_alloc(p.used)};
+                x = pack(&p, sizeof(*x), _Alignof(struct policy_record));
+                const char *nm = pack_text(&p, name), *ver = pack_text(&p, version);
+                if (pass) {
+                        x->r.name = nm;
+                        x->r.version = ver;
+                }
+        }
+        x->namespace_ = scope == POLICY_GLOBAL ? intern(in, "", 0) : intern(in, namespace_.p, namespace_.len);
+        x->scope = scope;
+        x->deny = action == 1;
+        x->dry_run = dry_run;
+        fill(in, &x->r, body);
+        *policy = x;
+        return NULL;
+}
+
+/* ---- the end ---- */
+
+void record_free_workload(struct interns *in, struct workload_record *x)
+{
+        const char *shared[] = {x->w.namespace_,    x->w.service_account, x->w.trust_domain,   x->w.network,
+                                x->w.node,          x->w.cluster_id,      x->w.canonical_name, x->w.canonical_revision,
+                                x->w.workload_name, x->w.region,          x->w.zone,           x->w.subzone,
+                                x->w.identity};
+        for (size_t i = 0; i < sizeof(shared) / sizeof(*shared); i++)
+                intern_drop(in, shared[i]);
+        for (unsigned i = 0; i < x->w.npolicies; i++)
+                intern_drop(in, x->w.policies[i]);
+        for (unsigned i = 0; i < x->nservices; i++)
+                intern_drop(in, x->services[i].service);
+        free(x);
+}
+
+void record_free_service(struct interns *in, struct service_record *x)
+{
+        for (unsigned i = 0; i < x->nvips; i++)
+                intern_drop(in, x->vips[i].network);
+        for (unsigned i = 0; i < x->nsans; i++)
+                intern_drop(in, x->sans[i]);
+        intern_drop(in, x->key);
+        intern_drop(in, x->namespace_);
+        intern_drop(in, x->hostname);
+        free(x);
+}
+
+void record_free_policy(struct interns *in, struct policy_record *x)
+{
+        intern_drop(in, x->namespace_);
+        free(x);
+}

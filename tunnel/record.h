@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Records: what one istio.workload.Address or istio.security.Authorization says, decoded and checked.
+ *
+ * A record is one block, immutable once a reader may see it. Strings that are its own are packed behind it, those that
+ * many share are interned.
+ */
+#ifndef SIDESTEP_RECORD_H
+#define SIDESTEP_RECORD_H
+
+#include "intern.h"
+#include "mesh.h"
+
+/* What all records have; only the writer looks at it. */
+struct record {
+        const char *name, *version;
+        uint64_t body_hash;
+        uint64_t seen; /* generation of the last full batch that named it */
+        uint32_t body_len;
+};
+
+struct port_pair {
+        uint16_t service, target;
+};
+
+/* A workload is an endpoint of this service. */
+struct membership {
+        const char *service; /* "namespace/hostname", interned */
+        const struct port_pair *ports;
+        unsigned nports;
+};
+
+struct workload_record {
+        struct workload w; /* first: readers get a pointer to this */
+        struct record r;
+        const struct membership *services;
+        unsigned nservices;
+        uint8_t rank; /* among workloads of one address, ztunnel.md 1.4 */
+};
+
+struct vip {
+        const char *network; /* interned */
+        struct addr addr;
+        uint8_t prefix; /* in the mapped form: 128 is one address */
+};
+
+enum lb_mode { LB_ANY, LB_STRICT, LB_FAILOVER, LB_PASSTHROUGH };
+enum lb_scope { SCOPE_REGION = 1, SCOPE_ZONE, SCOPE_SUBZONE, SCOPE_NODE, SCOPE_CLUSTER, SCOPE_NETWORK };
+enum ip_families { FAMILIES_ANY, FAMILIES_V4, FAMILIES_V6, FAMILIES_BOTH };
+#define LB_SCOPES_MAX 8
+
+struct service_record {
+        struct record r;
+        const char *key; /* "namespace/hostname", interned: equal to membership.service */
+        const char *name, *namespace_, *hostname;
+        const struct vip *vips;
+        const struct port_pair *ports; /* target 0: each endpoint says */
+        const char *const *sans;
+        unsigned nvips, nports, nsans;
+        uint8_t scopes[LB_SCOPES_MAX], nscopes;
+        uint8_t mode, families;
+        bool allow_unhealthy, canonical, namespace_only, has_waypoint;
+};
+
+enum policy_scope { POLICY_GLOBAL, POLICY_NAMESPACE, POLICY_SELECTOR };
+
+struct policy_record {
+        struct record r;
+        const char *namespace_; /* interned; "" for mesh-wide ones, whatever namespace they live in */
+        enum policy_scope scope;
+        bool deny, dry_run;
+};
+
+/* Room for decoding, kept between records. */
+struct decoder;
+struct decoder *decoder_new(void);
+void decoder_free(struct decoder *d);
+
+struct bytes {
+        const uint8_t *p;
+        size_t len;
+};
+
+/* Each returns NULL and stores the record(s), or a static reason and stores nothing. Of an address exactly one of the
+ * two is set. The name must be the one that the body says. */
+const char *record_address(struct decoder *d, struct interns *in, struct bytes name, struct bytes version,
+                           struct bytes body, struct workload_record **workload, struct service_record **service);
+const char *record_policy(struct interns *in, struct bytes name, struct bytes version, struct bytes body,
+                          struct policy_record **policy);
+
+void record_free_workload(struct interns *in, struct workload_record *w);
+void record_free_service(struct interns *in, struct service_record *s);
+void record_free_policy(struct interns *in, struct policy_record *p);
+
+/* UTF-8 without control characters. */
+bool record_text(const uint8_t *p, size_t len);
+
+#endif
