@@ -1,0 +1,286 @@
+"""Kubernetes over HTTP: one connection pool, plain dictionaries, one error class.
+
+`KubeClient` speaks JSON to the API server that a kubeconfig (or the pod's own service account) names. Objects are
+dictionaries as the API sends them; whoever keeps them projects them to something smaller (watch.Reflector). aiohttp
+on the plain REST API costs 9 MB, the generated client libraries 65.
+"""
+
+import asyncio
+import base64
+import json
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+PATCH_TYPES = {
+    "merge": "application/merge-patch+json",
+    "strategic": "application/strategic-merge-patch+json",
+    "json": "application/json-patch+json",
+}
+TIMEOUT_S = 30.0
+WATCH_S = 300  # the server ends a watch after this; a connection that died silently is noticed not much later
+
+Object = dict[str, Any]
+
+
+class KubeError(Exception):
+    """The API refused (`status` is the HTTP status, `reason` its word: NotFound, Conflict, ...) or cannot be reached
+    (status 0).
+    """
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(f"{reason}: {message}" if reason else message)
+        self.status = status
+        self.reason = reason
+        self.message = message
+
+
+class ConfigError(Exception):
+    """The kubeconfig cannot be used; says which file and what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class KubeConfig:
+    """Where the API is and how to speak to it. `token_file` is read again for each request: the kubelet renews it."""
+
+    server: str
+    ca: bytes | None = None
+    token: str = ""
+    token_file: Path | None = None
+    client_cert: Path | None = None
+    client_key: Path | None = None
+
+
+def load_config(path: str | Path | None) -> KubeConfig:
+    """The current context of a kubeconfig file; None: the service account of the pod this runs in. Raises
+    ConfigError.
+    """
+    if path is None:
+        return _in_cluster()
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text())
+        contexts = {entry["name"]: entry["context"] for entry in config["contexts"]}
+        context = contexts[config.get("current-context") or next(iter(contexts))]
+        cluster = next(entry["cluster"] for entry in config["clusters"] if entry["name"] == context["cluster"])
+        user = next(entry["user"] for entry in config["users"] if entry["name"] == context["user"])
+        return KubeConfig(
+            server=cluster["server"].rstrip("/"),
+            ca=_data(cluster, "certificate-authority"),
+            token=user.get("token") or "",
+            token_file=Path(user["tokenFile"]) if user.get("tokenFile") else None,
+            client_cert=Path(user["client-certificate"]) if user.get("client-certificate") else None,
+            client_key=Path(user["client-key"]) if user.get("client-key") else None,
+        )
+    except OSError as error:
+        raise ConfigError(f"kubeconfig {path}: {error.strerror}") from error
+    except (yaml.YAMLError, KeyError, TypeError, StopIteration, ValueError) as error:
+        raise ConfigError(f"kubeconfig {path}: no usable context, cluster and user ({error!r})") from error
+
+
+def _data(entry: Mapping[str, Any], key: str) -> bytes | None:
+    if entry.get(f"{key}-data"):
+        return base64.b64decode(entry[f"{key}-data"])
+    return Path(entry[key]).read_bytes() if entry.get(key) else None
+
+
+def _in_cluster() -> KubeConfig:
+    import os
+
+    host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    if not host:
+        raise ConfigError("not in a cluster (KUBERNETES_SERVICE_HOST is not set): give --kubeconfig")
+    try:
+        ca = (SERVICE_ACCOUNT / "ca.crt").read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{SERVICE_ACCOUNT}/ca.crt: {error.strerror}") from error
+    host = f"[{host}]" if ":" in host else host
+    return KubeConfig(server=f"https://{host}:{port}", ca=ca, token_file=SERVICE_ACCOUNT / "token")
+
+
+class KubeClient:
+    """Asks one API server. Use as an async context manager, or call `close`.
+
+    Paths are those of the REST API ("/api/v1/namespaces/x/pods"). Every call has a deadline of 30 s and raises
+    KubeError.
+    """
+
+    def __init__(self, config: KubeConfig) -> None:
+        self.config = config
+        self._session: aiohttp.ClientSession | None = None
+
+    @classmethod
+    def from_config(cls, path: str | Path | None) -> "KubeClient":
+        """From a kubeconfig file, or (None) from the pod's service account. Raises ConfigError."""
+        return cls(load_config(path))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends every connection, watches included."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def get(self, path: str, params: Mapping[str, str] | None = None) -> Object:
+        """One object (or anything else that answers JSON)."""
+        return await self.request("GET", path, params=params)
+
+    async def list(self, path: str, *, label_selector: str = "", field_selector: str = "") -> Object:
+        """A list object: `items`, and `metadata.resourceVersion` to watch from."""
+        return await self.request("GET", path, params=_selectors(label_selector, field_selector))
+
+    async def create(self, path: str, body: Mapping[str, Any]) -> Object:
+        """POSTs an object to its collection."""
+        return await self.request("POST", path, body=body)
+
+    async def update(self, path: str, body: Mapping[str, Any]) -> Object:
+        """Replaces an object (Conflict where its resourceVersion is not the current one)."""
+        return await self.request("PUT", path, body=body)
+
+    async def patch(
+        self, path: str, patch: Any, *, kind: str = "merge", params: Mapping[str, str] | None = None
+    ) -> Object:
+        """Patches an object; `kind` is merge, strategic or json. A subresource is part of the path (".../status")."""
+        return await self.request("PATCH", path, body=patch, content_type=PATCH_TYPES[kind], params=params)
+
+    async def delete(self, path: str, *, grace_s: int | None = None, uid: str = "") -> Object:
+        """Deletes; `grace_s` overrides the object's grace period, `uid` makes sure that it is this one."""
+        body: Object = {"kind": "DeleteOptions", "apiVersion": "v1"}
+        if grace_s is not None:
+            body["gracePeriodSeconds"] = grace_s
+        if uid:
+            body["preconditions"] = {"uid": uid}
+        return await self.request("DELETE", path, body=body)
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        params: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        """Any request; the answer as a dictionary."""
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            async with self._open().request(
+                method,
+                self.config.server + path,
+                params=params,
+                data=data,
+                headers=self._headers() | ({"Content-Type": content_type} if data is not None else {}),
+                timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
+            ) as response:
+                text = await response.read()
+                if response.status >= 400:
+                    raise _refusal(response.status, text)
+                answer = json.loads(text) if text else {}
+                return answer if isinstance(answer, dict) else {"value": answer}
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise KubeError(
+                0, "Unreachable", f"{method} {self.config.server}{path}: {error or type(error).__name__}"
+            ) from error
+
+    async def watch(
+        self, path: str, *, resource_version: str, label_selector: str = "", field_selector: str = ""
+    ) -> AsyncIterator[tuple[str, Object]]:
+        """Events (ADDED, MODIFIED, DELETED, BOOKMARK) after a version, until the server ends the watch.
+
+        Raises KubeError; status 410 (Expired) means: list again.
+        """
+        params = _selectors(label_selector, field_selector) | {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": resource_version,
+            "timeoutSeconds": str(WATCH_S),
+        }
+        try:
+            async with self._open().get(
+                self.config.server + path,
+                params=params,
+                headers=self._headers(),
+                timeout=aiohttp.ClientTimeout(total=WATCH_S + TIMEOUT_S, sock_connect=TIMEOUT_S),
+            ) as response:
+                if response.status >= 400:
+                    raise _refusal(response.status, await response.read())
+                async for line in _lines(response.content):
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        status = event.get("object") or {}
+                        raise KubeError(
+                            int(status.get("code") or 500),
+                            str(status.get("reason", "")),
+                            str(status.get("message", "")),
+                        )
+                    yield event["type"], event["object"]
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise KubeError(
+                0, "Unreachable", f"watch {self.config.server}{path}: {error or type(error).__name__}"
+            ) from error
+
+    def _headers(self) -> dict[str, str]:
+        token = self.config.token
+        if self.config.token_file is not None:
+            try:
+                token = self.config.token_file.read_text().strip()
+            except OSError as error:
+                raise KubeError(0, "Unauthorized", f"{self.config.token_file}: {error.strerror}") from error
+        return {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            tls: ssl.SSLContext | bool = True
+            if self.config.server.startswith("https:"):
+                tls = ssl.create_default_context(cadata=self.config.ca.decode() if self.config.ca else None)
+                if self.config.client_cert is not None:
+                    tls.load_cert_chain(self.config.client_cert, self.config.client_key)
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls, limit=64))
+        return self._session
+
+
+async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Lines of any length: an object may be larger than the reader's own limit for a line."""
+    rest = b""
+    async for chunk in stream.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line:
+                yield line
+
+
+def _selectors(label: str, field: str) -> dict[str, str]:
+    return ({"labelSelector": label} if label else {}) | ({"fieldSelector": field} if field else {})
+
+
+def _refusal(status: int, text: bytes) -> KubeError:
+    try:
+        answer = json.loads(text)
+        return KubeError(status, str(answer.get("reason", "")), str(answer.get("message", "")))
+    except (ValueError, AttributeError):
+        return KubeError(status, "", text[:200].decode(errors="replace"))
+
+
+async def wait_until_reachable(client: KubeClient, seconds: float) -> None:
+    """Returns once the API answers /version; raises the last KubeError after the deadline."""
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                await client.get("/version")
+                return
+            except KubeError:
+                await asyncio.sleep(0.1)
