@@ -54,6 +54,10 @@ struct tunnel_pod_stats {
         uint64_t held;         /* waiting for their state */
 };
 
+struct tunnel_counts {
+        uint64_t workloads, services, policies; /* held now */
+};
+
 enum tunnel_mode { TUNNEL_SERVING = 0, TUNNEL_DRAINING = 1 };
 
 int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg);
@@ -79,6 +83,8 @@ int tunnel_identity_del(struct tunnel *t, const char *identity);
  * re-evaluated. Rejected records are listed in report as "name: reason" lines (cut at report_len, always terminated).
  * -EPERM: seals missing; -EBADMSG: the framing is wrong, nothing was applied. */
 int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len);
+
+void tunnel_counts(struct tunnel *t, struct tunnel_counts *out);
 
 /* Writes into an fd: Prometheus text; JSON array of "connections", "tunnels", "pods", "workloads", "services", "policies", "identities";
  * "versions": lines "kind name version". */

@@ -1,8 +1,8 @@
 """Packets of the channel between agent and engine (docs/interfaces.md): bytes to values and back, no I/O.
 
-A packet is one datagram of a SEQPACKET socket: a header of 16 bytes (`<4sHHII`: magic, version, type, sequence, body length) and
-a JSON object in UTF-8. A *command* has a type below 0x8000; its *reply* has the same sequence and the type with the top bit set, and says
-`ok`. File descriptors ride beside the packet and are none of this module's business.
+A packet is one datagram of a SEQPACKET socket: a header of 16 bytes (`<4sHHII`: magic, version, type, sequence, body
+length) and a JSON object in UTF-8. A *command* has a type below 0x8000; its *reply* has the same sequence and the type
+with the top bit set, and says `ok`. File descriptors ride beside the packet and are none of this module's business.
 """
 
 import json
