@@ -26,3 +26,76 @@ fuzz-cni: all
 	@mkdir -p $(OUT)
 	@$(CLANG) $(CFLAGS_C) -DSIDESTEP_FUZZ -fsanitize=fuzzer,address,undefined -o $(OUT)/fuzz-cni cni/sidestep-cni.c
 	@$(OUT)/fuzz-cni -max_total_time=$(FUZZ) >$(OUT)/fuzz-cni.log 2>&1 || { tail -n 40 $(OUT)/fuzz-cni.log; exit 1; }
+
+# Protobuf modules, and their stubs, from agent/sidestep/wire/*.proto. No .proto imports another of ours.
+WIRE := agent/sidestep/wire
+PROTOS := $(wildcard $(WIRE)/*.proto)
+all: $(WIRE)/pb/.made
+
+$(WIRE)/pb/.made: $(PROTOS)
+	@rm -rf $(WIRE)/pb.new && mkdir -p $(WIRE)/pb.new $(WIRE)/pb
+	$(PY) -W ignore -m grpc_tools.protoc -I $(WIRE) --python_out=$(WIRE)/pb.new --pyi_out=$(WIRE)/pb.new $(PROTOS)
+	@echo '"""Generated from the .proto files one directory up, by build.mk."""' >$(WIRE)/pb.new/__init__.py
+	@mv -f $(WIRE)/pb.new/*.py $(WIRE)/pb.new/*.pyi $(WIRE)/pb/ && rmdir $(WIRE)/pb.new && touch $@
+
+# The engine's supervisor, pid 1 of its container: static too.
+all: $(BIN)/supervise
+
+$(BIN)/supervise: tunnel/supervise.c
+	@mkdir -p $(BIN)
+	gcc $(CFLAGS_C) -static -o $@.new $< && mv $@.new $@
+
+# The cffi extensions sidestep._bpf and sidestep._tunnel. Built aside and moved in place: a running engine has the old one mapped.
+EXT_SRC := setup.py $(wildcard bpf/build_ffi.py tunnel/build_ffi.py bpf/*.[ch] tunnel/*.[ch])
+
+all: $(OUT)/.ext
+$(OUT)/.ext: $(EXT_SRC)
+	@mkdir -p $(OUT)
+	@echo "build: the cffi extensions"
+	@flock $(OUT)/.ext-lock sh -c '$(PY) setup.py -q build_ext --build-temp $(OUT)/ext-obj --build-lib $(OUT)/ext && \
+	  for so in $(OUT)/ext/sidestep/*.so; do cp $$so agent/sidestep/.new.so && mv agent/sidestep/.new.so agent/sidestep/$$(basename $$so) || exit 1; done'
+	@touch $@
+
+# The engine under ASan and UBSan: every tests/tunnel/t_*.c is a program with main() (cmocka), every tests/tunnel/fuzz/*.c a libFuzzer
+# target; both are linked with all of tunnel/ (but supervise.c). A target's seeds may lie in tests/tunnel/fuzz/NAME/.
+SAN      := -g -O1 -std=gnu11 -Wall -Wextra -Werror -fno-omit-frame-pointer -fno-sanitize-recover=all -Itunnel -Ibpf
+SAN_OBJ  := $(patsubst tunnel/%.c,$(OUT)/san/%.o,$(filter-out tunnel/supervise.c,$(wildcard tunnel/*.c)))
+SAN_HDR  := $(wildcard tunnel/*.h bpf/*.h tests/tunnel/*.h)
+SAN_LIBS := -lssl -lcrypto -lnghttp2 -lpthread
+C_TESTS  := $(patsubst tests/tunnel/%.c,$(OUT)/san/%,$(wildcard tests/tunnel/t_*.c))
+C_FUZZ   := $(patsubst tests/tunnel/fuzz/%.c,$(OUT)/san/fuzz-%,$(wildcard tests/tunnel/fuzz/*.c))
+
+$(OUT)/san/%.o: tunnel/%.c $(SAN_HDR)
+	@mkdir -p $(@D)
+	@$(CLANG) $(SAN) -fsanitize=fuzzer-no-link,address,undefined -c -o $@ $<
+
+$(OUT)/san/libtunnel.a: $(SAN_OBJ)
+	@rm -f $@ && ar rc $@ $^
+
+$(OUT)/san/t_%: tests/tunnel/t_%.c $(OUT)/san/libtunnel.a
+	@$(CLANG) $(SAN) -fsanitize=address,undefined -o $@ $< $(OUT)/san/libtunnel.a -lcmocka $(SAN_LIBS)
+
+$(OUT)/san/fuzz-%: tests/tunnel/fuzz/%.c $(OUT)/san/libtunnel.a
+	@$(CLANG) $(SAN) -fsanitize=fuzzer,address,undefined -o $@ $< $(OUT)/san/libtunnel.a $(SAN_LIBS)
+
+.PHONY: check-c fuzz-c lint
+check: lint check-c fuzz-c
+check-c: $(C_TESTS:%=%.run)
+fuzz-c: $(C_FUZZ:%=%.run)
+
+# A test that prints nothing passed; its output is shown when it fails.
+$(OUT)/san/t_%.run: $(OUT)/san/t_%
+	@echo "check: $(<F)"
+	@$< >$<.log 2>&1 || { tail -n 60 $<.log; exit 1; }
+
+$(OUT)/san/fuzz-%.run: $(OUT)/san/fuzz-%
+	@echo "fuzz: $* for $(FUZZ) s"
+	@mkdir -p $(OUT)/corpus/$*
+	@$< -max_total_time=$(FUZZ) -timeout=10 -rss_limit_mb=2048 -artifact_prefix=$(OUT)/ $(OUT)/corpus/$* $(wildcard tests/tunnel/fuzz/$*) \
+	  >$<.log 2>&1 || { tail -n 60 $<.log; exit 1; }
+
+lint:
+	@echo "check: ruff, mypy, clang-format"
+	@.venv/bin/ruff check -q .
+	@.venv/bin/mypy --no-error-summary
+	@clang-format-16 --dry-run -Werror $$(git ls-files '*.c' '*.h')
