@@ -522,11 +522,6 @@ static bool has_slash(struct bytes b)
         return b.len && memchr(b.p, '/', b.len);
 }
 
-static bool holds(struct bytes b, const char *what)
-{
-        return b.len && memmem(b.p, b.len, what, strlen(what));
-}
-
 static const char *const WORKLOAD_TYPES[] = {"deployment", "cronjob", "pod", "job"};
 
 static struct workload_record *workload_block(struct decoder *d, struct interns *in, const struct workload_span *w,
@@ -595,7 +590,7 @@ static struct workload_record *workload_block(struct decoder *d, struct interns 
         x->w.host_network = w->network_mode == 1;
         x->w.app_tunnel = w->app_tunnel;
         x->w.capacity = w->capacity;
-        bool pod = holds(w->text[W_UID], "//Pod/");
+        bool pod = strstr(x->w.uid, "//Pod/") != NULL;
         x->rank = (uint8_t)(pod ? 2 + (w->protocol != 0) : w->protocol != 0);
         return x;
 }

@@ -2,9 +2,9 @@
 /*
  * The engine's public interface, and the cdef of sidestep._tunnel. Only integers, bytes and fds cross it.
  *
- * All functions may be called from one control thread (the engine's host); none blocks longer than it says. They return 0 or
- * -errno. fds that are handed in are duplicated: the caller keeps and closes its own. Strings are NUL-terminated UTF-8.
- * Nothing here is called per connection.
+ * All functions may be called from one control thread (the engine's host); none blocks longer than it says. They return
+ * 0 or -errno. fds that are handed in are duplicated: the caller keeps and closes its own. Strings are NUL-terminated
+ * UTF-8. Nothing here is called per connection.
  */
 #ifndef SIDESTEP_TUNNEL_H
 #define SIDESTEP_TUNNEL_H
@@ -33,7 +33,7 @@ struct tunnel_settings {
 };
 
 struct tunnel_pod {
-        const char *uid;       /* Kubernetes UID */
+        const char *uid; /* Kubernetes UID */
         const char *namespace_;
         const char *name;
         const char *service_account;
@@ -49,9 +49,9 @@ struct tunnel_ports {
 };
 
 struct tunnel_pod_stats {
-        uint64_t connections;  /* open: accepted or towards the application */
-        uint64_t quiet_ms;     /* since the last new inbound stream or connection */
-        uint64_t held;         /* waiting for their state */
+        uint64_t connections; /* open: accepted or towards the application */
+        uint64_t quiet_ms;    /* since the last new inbound stream or connection */
+        uint64_t held;        /* waiting for their state */
 };
 
 struct tunnel_counts {
@@ -65,29 +65,29 @@ int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg);
 void tunnel_free(struct tunnel *t);
 int tunnel_settings(struct tunnel *t, const struct tunnel_settings *s);
 
-/* Opens the listeners in the netns, stores them in the SOCKMAP, marks them in the SK_STORAGE map. Idempotent by uid + cookie: a pod
- * with another netns_cookie replaces the old one. netns must not be the caller's own: -EINVAL. */
+/* Opens the listeners in the netns, stores them in the SOCKMAP, marks them in the SK_STORAGE map. Idempotent by uid +
+ * cookie: a pod with another netns_cookie replaces the old one. netns must not be the caller's own: -EINVAL. */
 int tunnel_pod_add(struct tunnel *t, const struct tunnel_pod *pod, int netns_fd, int listeners_fd, int engine_sk_fd,
                    struct tunnel_ports *ports);
 int tunnel_pod_mode(struct tunnel *t, const char *uid, int mode);
 int tunnel_pod_del(struct tunnel *t, const char *uid);
 int tunnel_pod_stats(struct tunnel *t, const char *uid, struct tunnel_pod_stats *out);
 
-/* chain: leaf first, then intermediates. -EKEYREJECTED: key and leaf differ, or the leaf has not exactly this SPIFFE URI SAN;
- * -EKEYEXPIRED; -EBADMSG: not PEM. not_after: seconds since the epoch, the earliest of the chain. */
+/* chain: leaf first, then intermediates. -EKEYREJECTED: key and leaf differ, or the leaf has not exactly this SPIFFE
+ * URI SAN; -EKEYEXPIRED; -EBADMSG: not PEM. not_after: seconds since the epoch, the earliest of the chain. */
 int tunnel_identity_set(struct tunnel *t, const char *identity, const char *key_pem, const char *chain_pem,
                         const char *roots_pem, int64_t *not_after);
 int tunnel_identity_del(struct tunnel *t, const char *identity);
 
-/* Applies a batch (docs/interfaces.md) from a sealed memfd; returns when every worker has adopted it and live connections were
- * re-evaluated. Rejected records are listed in report as "name: reason" lines (cut at report_len, always terminated).
- * -EPERM: seals missing; -EBADMSG: the framing is wrong, nothing was applied. */
+/* Applies a batch (docs/interfaces.md) from a sealed memfd; returns when every worker has adopted it and live
+ * connections were re-evaluated. Rejected records are listed in report as "name: reason" lines (cut at report_len,
+ * always terminated). -EPERM: seals missing; -EBADMSG: the framing is wrong, nothing was applied. */
 int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len);
 
 void tunnel_counts(struct tunnel *t, struct tunnel_counts *out);
 
-/* Writes into an fd: Prometheus text; JSON array of "connections", "tunnels", "pods", "workloads", "services", "policies", "identities";
- * "versions": lines "kind name version". */
+/* Writes into an fd: Prometheus text; JSON array of "connections", "tunnels", "pods", "workloads", "services",
+ * "policies", "identities"; "versions": lines "kind name version". */
 int tunnel_metrics(struct tunnel *t, int fd);
 int tunnel_dump(struct tunnel *t, const char *what, int fd);
 const char *tunnel_openssl_version(void);

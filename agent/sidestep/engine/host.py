@@ -2,8 +2,8 @@
 
 One thread: poll() over the listening socket, the controller's connection and a wake-up fd for signals. The C engine has
 threads of its own, which never take the GIL. What the host remembers of a pod is what HELLO must tell a new agent. It
-stays small: nothing of weight is imported (no asyncio, ssl, grpc), and Python refers to a key only while IDENTITY_SET is
-worked on: what it was received into and what the engine was handed is overwritten, what json made of it is freed.
+stays small: nothing of weight is imported (no asyncio, ssl, grpc), and Python refers to a key only while IDENTITY_SET
+is worked on: what it was received into and what the engine was handed is overwritten, what json made of it is freed.
 """
 
 import argparse

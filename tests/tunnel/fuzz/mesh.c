@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Whatever bytes a batch holds, the state stays whole: every lookup and dump works afterwards, and one good record
+ * still goes in. The first byte says how to read the rest: as a batch, as a body of an Address or of an Authorization,
+ * or as two batches.
+ */
+#define _GNU_SOURCE /* memmem */
+#include "mesh.h"
+#include "rbac.h"
+#include "tunnel.h"
+#include <stdlib.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static struct mesh *mesh;
+static int sink;
+
+static void put32(uint8_t *p, uint32_t v)
+{
+        for (unsigned i = 0; i < 4; i++)
+                p[i] = (uint8_t)(v >> (8 * i));
+}
+
+static size_t wrap(uint8_t *out, uint32_t op, const char *name, const uint8_t *body, size_t len)
+{
+        size_t n = strlen(name), used = 16 + n + 1 + len, padded = (used + 7) & ~(size_t)7;
+        memset(out, 0, 16 + padded);
+        memcpy(out, "SSB1", 4);
+        put32(out + 8, 1);
+        put32(out + 16, op);
+        put32(out + 20, (uint32_t)n);
+        put32(out + 24, 1);
+        put32(out + 28, (uint32_t)len);
+        memcpy(out + 32, name, n);
+        out[32 + n] = '1';
+        if (len)
+                memcpy(out + 33 + n, body, len);
+        return 16 + padded;
+}
+
+/* The uid or namespace/hostname that a body claims is what its name must be: take the first fitting strings out of it.
+ */
+static void body_name(const uint8_t *body, size_t len, char name[64])
+{
+        static const uint8_t good[] = "u//Pod/n/a";
+        strcpy(name, "n/h");
+        if (len > sizeof(good) && memmem(body, len, good, sizeof(good) - 1))
+                strcpy(name, (const char *)good);
+}
+
+static void look(const struct mesh_view *v, const uint8_t *data, size_t size)
+{
+        struct rbac_request req = {0};
+        struct rbac_verdict verdict;
+        struct endpoint dst = {.port = 80};
+        struct route r;
+        for (size_t i = 0; i + 4 <= size && i < 256; i++) {
+                if (addr_from_bytes(&dst.addr, data + i, i + 16 <= size && i % 2 ? 16 : 4))
+                        continue;
+                const struct workload *w = view_workload_at(v, &dst.addr);
+                view_route(v, w, &dst, i, &r);
+                for (unsigned k = 0; k < r.nsans; k++)
+                        if (strncmp(r.sans[k], "spiffe://", 9) != 0)
+                                abort();
+                if (!w)
+                        continue;
+                if (view_workload(v, w->uid) == NULL)
+                        abort();
+                view_inbound_service(v, w, 8080, &r);
+                rbac_decide(v, w, &req, &verdict);
+                if (verdict.allow != (*verdict.policy == 0))
+                        abort();
+                if (!view_policies_known(v, w) && verdict.allow)
+                        abort();
+        }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+        static const char *const what[] = {"workloads", "services", "policies", "versions"};
+        struct tunnel_settings settings = {.cluster_cidrs = "10.0.0.0/8,fd00::/8"};
+        static const uint8_t empty[16] = {'S', 'S', 'B', '1', 1};
+        char report[512], name[64];
+        int r = 0;
+        if (!mesh) {
+                sink = open("/dev/null", O_WRONLY);
+                mesh_new(&mesh, 1);
+                mesh_settings(mesh, &settings);
+        }
+        if (!size)
+                return 0;
+        if (data[0] % 3 == 0) {
+                r = mesh_apply(mesh, data + 1, size - 1, report, sizeof(report));
+        } else {
+                uint8_t *batch = malloc(size + 128);
+                body_name(data + 1, size - 1, name);
+                size_t len = wrap(batch, data[0] % 3 == 1 ? 1 : 3, name, data + 1, size - 1);
+                r = mesh_apply(mesh, batch, len, report, sizeof(report));
+                if (r)
+                        abort(); /* the framing is ours and good */
+                free(batch);
+        }
+        if (strnlen(report, sizeof(report)) == sizeof(report))
+                abort();
+        look(mesh_view(mesh, 0), data, size);
+        for (unsigned i = 0; i < 4; i++)
+                if (mesh_dump(mesh, what[i], sink))
+                        abort();
+        if (data[0] & 0x80) { /* start afresh now and then: a full batch of nothing */
+                struct mesh_counts n;
+                if (mesh_apply(mesh, empty, sizeof(empty), report, sizeof(report)))
+                        abort();
+                mesh_counts(mesh, &n);
+                if (n.workloads || n.services || n.policies)
+                        abort();
+                mesh_view(mesh, 0);
+                mesh_sync(mesh, NULL, NULL);
+        }
+        return 0;
+}
