@@ -896,7 +896,7 @@ static const char *match_ports(const struct field *in)
         return NULL;
 }
 
-/* depth 0: Rule, 1: Clause, 2: Match */
+/* depth 0: Rule (clauses = 1), 1: Clause (matches = 2), 2: Match */
 static const char *rule(const struct field *in, unsigned depth)
 {
         struct bytes b;
@@ -905,7 +905,7 @@ static const char *rule(const struct field *in, unsigned depth)
         int r = 0;
         while (!bad && (r = next_field(&b, &f)) > 0) {
                 if (depth < 2)
-                        bad = f.number == 1 ? rule(&f, depth + 1) : NULL;
+                        bad = f.number == depth + 1 ? rule(&f, depth + 1) : NULL;
                 else if (f.number >= 1 && f.number <= 4)
                         bad = string_match(&f);
                 else if (f.number >= 5 && f.number <= 8)
