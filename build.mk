@@ -45,11 +45,22 @@ $(BIN)/supervise: tunnel/supervise.c
 	@mkdir -p $(BIN)
 	gcc $(CFLAGS_C) -static -o $@.new $< && mv $@.new $@
 
+# The programs of the pods' namespaces: compiled, stripped of DWARF (BTF stays), embedded into sidestep._bpf as skeletons.
+BPF_SKEL := $(OUT)/bpf/capture.skel.h $(OUT)/bpf/survey.skel.h
+BPFTOOL  := $(firstword $(wildcard /usr/sbin/bpftool /sbin/bpftool) bpftool)
+
+$(OUT)/bpf/%.skel.h: bpf/%.bpf.c bpf/maps.h
+	@mkdir -p $(@D)
+	@echo "build: bpf/$*.bpf.c"
+	@$(CLANG) -O2 -g -target bpf -mcpu=v2 -Wall -Werror -I/usr/include/$(shell uname -m)-linux-gnu -c $< -o $(OUT)/bpf/$*.o
+	@llvm-strip-16 -g $(OUT)/bpf/$*.o
+	@$(BPFTOOL) gen skeleton $(OUT)/bpf/$*.o name $*_bpf >$@.new && mv $@.new $@
+
 # The cffi extensions sidestep._bpf and sidestep._tunnel. Built aside and moved in place: a running engine has the old one mapped.
 EXT_SRC := setup.py $(wildcard bpf/build_ffi.py tunnel/build_ffi.py bpf/*.[ch] tunnel/*.[ch])
 
 all: $(OUT)/.ext
-$(OUT)/.ext: $(EXT_SRC)
+$(OUT)/.ext: $(EXT_SRC) $(BPF_SKEL)
 	@mkdir -p $(OUT)
 	@echo "build: the cffi extensions"
 	@flock $(OUT)/.ext-lock sh -c '$(PY) setup.py -q build_ext --build-temp $(OUT)/ext-obj --build-lib $(OUT)/ext && \

@@ -1,0 +1,40 @@
+"""cffi recipe of sidestep._bpf: loader.h and maps.h between their markers are the declarations, build.mk makes the skeletons first."""
+
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+
+
+def cdef(name: str) -> str:
+    """The part of a header that cffi reads."""
+    text = (HERE / name).read_text()
+    part = text.split("/* cdef begin */", 1)[1].split("/* cdef end */", 1)[0]
+    return re.sub(r"#define CAPTURE_LAYOUT .*", "", part).replace("CAPTURE_ERROR_LEN 512", "CAPTURE_ERROR_LEN ...")
+
+
+ffi = FFI()
+ffi.cdef("typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef uint64_t __u64;")
+ffi.cdef(cdef("maps.h") + cdef("loader.h"))
+ffi.set_source(
+    "sidestep._bpf",
+    '#include "maps.h"\n#include "loader.h"',
+    sources=["bpf/loader.c"],
+    include_dirs=["bpf", "build/bpf"],
+    libraries=["bpf"],
+    extra_compile_args=[
+        "-O2",
+        "-std=gnu11",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-parameter",
+        "-Wno-cast-function-type",
+    ],
+    depends=["bpf/loader.h", "bpf/loader.c", "bpf/maps.h", "build/bpf/capture.skel.h", "build/bpf/survey.skel.h"],
+)
+
+if __name__ == "__main__":
+    ffi.compile(verbose=True)

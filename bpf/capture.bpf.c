@@ -1,0 +1,433 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/*
+ * The programs in a pod's network namespace.
+ *
+ * Theory of operation
+ *
+ * Outbound: `out_eth` (tc egress of the pod's interface) lets the engine's packets out and turns every other TCP packet
+ * around: mark 0x111, redirect to lo, ingress. `in_lo` (tc ingress of lo) makes the frame ours (it carries the
+ * gateway's MAC). A rule sends the mark to a table in which every destination is local; the TCP stack looks for a
+ * socket; a SYN finds none and `steer` (sk_lookup) picks the engine's outbound listener. Inbound: no program sees the
+ * packets; `steer` picks the HBONE listener for port 15008 and the inbound listener for any other port of the pod. The
+ * engine's own connects to the application come back to `steer` too: `out_lo` (tc egress of lo), which sees their
+ * socket, has put their tuple into `own`; `steer` takes it out and lets the SYN go to the application. A lost tag fails
+ * closed: the engine meets itself.
+ *
+ * Who is the engine: sockets with an entry in `engine_sk`, socket-local storage that only the holder of the map can
+ * write (a mark could be set by the application). Children of a marked listener inherit it (F_CLONE). A SYN-ACK is told
+ * by its listener's storage. What has no full TCP socket (the last ACK of TIME_WAIT, a RST) carries no data and follows
+ * its connection: where a local socket would take it, it is turned around, else it may leave.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/in6.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include "maps.h"
+
+#define LO_IFINDEX 1 /* in every network namespace (net/core/dev.c registers lo first) */
+#define ETH_P_MPLS 0x8847
+#define AF_INET 2
+#define AF_INET6 10
+#define SOCK_STREAM 1
+#define TCP_LISTEN 10
+#define MAX_EXTENSIONS 8
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";
+
+struct {
+        __uint(type, BPF_MAP_TYPE_SOCKMAP);
+        __uint(max_entries, SLOT_COUNT);
+        __type(key, __u32);
+        __type(value, __u64);
+} listeners SEC(".maps");
+
+struct {
+        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
+        __uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+        __type(key, int);
+        __type(value, __u32);
+} engine_sk SEC(".maps");
+
+struct {
+        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
+        __uint(map_flags, BPF_F_NO_PREALLOC);
+        __type(key, int);
+        __type(value, struct capture_fated);
+} fates SEC(".maps");
+
+struct {
+        __uint(type, BPF_MAP_TYPE_LRU_HASH);
+        __uint(max_entries, CAPTURE_MAX_OWN);
+        __type(key, struct capture_own_key);
+        __type(value, __u8);
+} own SEC(".maps");
+
+struct {
+        __uint(type, BPF_MAP_TYPE_ARRAY);
+        __uint(max_entries, 1);
+        __type(key, __u32);
+        __type(value, struct capture_pod);
+} pod SEC(".maps");
+
+struct {
+        __uint(type, BPF_MAP_TYPE_HASH);
+        __uint(max_entries, CAPTURE_MAX_ADDRESSES);
+        __type(key, struct capture_address);
+        __type(value, __u8);
+} addresses SEC(".maps");
+
+struct {
+        __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+        __uint(max_entries, COUNT_MAX);
+        __type(key, __u32);
+        __type(value, __u64);
+} counters SEC(".maps");
+
+static __always_inline void count(__u32 what)
+{
+        __u64 *n = bpf_map_lookup_elem(&counters, &what);
+        if (n)
+                (*n)++;
+}
+
+static __always_inline __u32 mode(void)
+{
+        __u32 zero = 0;
+        struct capture_pod *p = bpf_map_lookup_elem(&pod, &zero);
+        return p ? p->mode : MODE_STRICT;
+}
+
+static __always_inline int drop(__u32 why)
+{
+        count(why);
+        return TC_ACT_SHOT;
+}
+
+static __always_inline int pass(__u32 why)
+{
+        count(why);
+        return TC_ACT_OK;
+}
+
+/* The packet goes back into the pod's own stack, where steer finds the engine. */
+static __always_inline int turn(struct __sk_buff *skb)
+{
+        count(COUNT_TURNED);
+        skb->mark = CAPTURE_MARK_TURNED;
+        return bpf_redirect(LO_IFINDEX, BPF_F_INGRESS);
+}
+
+/* A TCP packet as far as the decision needs it. */
+struct packet {
+        struct bpf_sock_tuple tuple; /* in the packet's own direction */
+        __u32 tuple_size;
+        __u32 seq; /* host order */
+        bool syn, ack, payload;
+};
+
+/* Where the TCP header is: > 0; 0: not TCP or none of our business; < 0: -reason to drop. */
+static __always_inline int find_tcp4(struct __sk_buff *skb, struct packet *p)
+{
+        struct iphdr ip;
+        if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) < 0)
+                return -COUNT_DROP_SHORT;
+        if (ip.protocol != IPPROTO_TCP)
+                return 0;
+        if (ip.frag_off & bpf_htons(0x3fff)) /* more fragments, or an offset */
+                return -COUNT_DROP_FRAGMENT;
+        if (ip.ihl < 5)
+                return -COUNT_DROP_SHORT;
+        p->tuple.ipv4.saddr = ip.saddr;
+        p->tuple.ipv4.daddr = ip.daddr;
+        p->tuple_size = sizeof(p->tuple.ipv4);
+        return ETH_HLEN + ip.ihl * 4;
+}
+
+static __always_inline int find_tcp6(struct __sk_buff *skb, struct packet *p)
+{
+        struct ipv6hdr ip;
+        if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) < 0)
+                return -COUNT_DROP_SHORT;
+        if (ip.daddr.s6_addr[0] == 0xff || (ip.daddr.s6_addr[0] == 0xfe && (ip.daddr.s6_addr[1] & 0xc0) == 0x80))
+                return 0; /* multicast and link-local */
+        __builtin_memcpy(p->tuple.ipv6.saddr, &ip.saddr, 16);
+        __builtin_memcpy(p->tuple.ipv6.daddr, &ip.daddr, 16);
+        p->tuple_size = sizeof(p->tuple.ipv6);
+        __u8 next = ip.nexthdr;
+        __u32 at = ETH_HLEN + sizeof(ip);
+        if (next == IPPROTO_TCP)
+                return at;
+        for (int i = 0; i < MAX_EXTENSIONS; i++) {
+                struct {
+                        __u8 next, length;
+                } ext;
+                switch (next) {
+                case IPPROTO_UDP:
+                case IPPROTO_ICMPV6:
+                        return 0;
+                case 0:   /* hop by hop */
+                case 43:  /* routing */
+                case 60:  /* destination options */
+                case 135: /* mobility */
+                        if (bpf_skb_load_bytes(skb, at, &ext, sizeof(ext)) < 0)
+                                return -COUNT_DROP_EXTENSION;
+                        at += 8 + ext.length * 8;
+                        break;
+                case 44: /* fragment: eight bytes, the first of which names what is in it */
+                        if (bpf_skb_load_bytes(skb, at, &ext, sizeof(ext)) < 0)
+                                return -COUNT_DROP_EXTENSION;
+                        at += 8;
+                        break;
+                case 51: /* authentication */
+                        if (bpf_skb_load_bytes(skb, at, &ext, sizeof(ext)) < 0)
+                                return -COUNT_DROP_EXTENSION;
+                        at += 8 + ext.length * 4;
+                        break;
+                default: /* TCP behind extensions among them */
+                        return -COUNT_DROP_EXTENSION;
+                }
+                next = ext.next;
+        }
+        return -COUNT_DROP_EXTENSION;
+}
+
+static __always_inline int find_tcp(struct __sk_buff *skb, struct packet *p)
+{
+        int at = 0;
+        if (skb->vlan_present)
+                return -COUNT_DROP_VLAN;
+        switch (bpf_ntohs(skb->protocol)) {
+        case ETH_P_IP:
+                at = find_tcp4(skb, p);
+                break;
+        case ETH_P_IPV6:
+                at = find_tcp6(skb, p);
+                break;
+        case ETH_P_8021Q:
+        case ETH_P_8021AD:
+        case ETH_P_MPLS:
+                return -COUNT_DROP_VLAN;
+        }
+        if (at <= 0)
+                return at;
+        struct tcphdr tcp;
+        if (bpf_skb_load_bytes(skb, at, &tcp, sizeof(tcp)) < 0)
+                return -COUNT_DROP_SHORT;
+        p->seq = bpf_ntohl(tcp.seq);
+        p->syn = tcp.syn;
+        p->ack = tcp.ack;
+        p->payload = skb->len > (__u32)at + tcp.doff * 4;
+        if (p->tuple_size == sizeof(p->tuple.ipv4)) {
+                p->tuple.ipv4.sport = tcp.source;
+                p->tuple.ipv4.dport = tcp.dest;
+        } else {
+                p->tuple.ipv6.sport = tcp.source;
+                p->tuple.ipv6.dport = tcp.dest;
+        }
+        return at;
+}
+
+/* Would this packet, if it came in, reach a connection of this namespace (or its TIME_WAIT)? Then the other end is the
+ * engine. The lookup runs steer as well when it finds no connection: a listener is no answer. */
+static __always_inline bool peer_is_local(struct __sk_buff *skb, struct packet *p)
+{
+        struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &p->tuple, p->tuple_size, BPF_F_CURRENT_NETNS, 0);
+        if (!sk)
+                return false;
+        bool connection = sk->state != TCP_LISTEN;
+        bpf_sk_release(sk);
+        return connection;
+}
+
+/* An application's TCP socket sends: what becomes of the packet. */
+static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, struct packet *p, __u32 m)
+{
+        bool native = m == MODE_NOTING || m == MODE_DRAINING;
+        struct capture_fated now = {.fate = FATE_CAPTURED, .isn = p->seq};
+        struct capture_fated *fated;
+
+        if (p->syn && !p->ack) {
+                fated = bpf_sk_storage_get(&fates, sk, 0, 0);
+                /* A connect that was under way before goes on as it began; the same socket with another number is a new
+                 * connect. */
+                bool again = fated && fated->fate != FATE_CAPTURED && fated->isn == p->seq && m != MODE_STRICT;
+                if (native || again)
+                        now.fate = FATE_NATIVE;
+                if (!fated)
+                        fated = bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
+                if (!fated)
+                        return turn(skb); /* no memory for its fate: then it is the engine's */
+                *fated = now;
+        } else if (m == MODE_STRICT) {
+                return turn(skb);
+        } else {
+                fated = bpf_sk_storage_get(&fates, sk, 0, 0);
+                if (!fated || fated->fate == FATE_NOTED) {
+                        /* Seen for the first time in the middle: the engine's other end, or a connection from before.
+                         */
+                        bool engine = peer_is_local(skb, p);
+                        if (!fated && !engine && !native)
+                                return turn(skb); /* lenient: what was not noted is not from before */
+                        if (!engine)
+                                now.fate = FATE_NATIVE;
+                        if (!fated)
+                                fated = bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
+                        if (!fated)
+                                return engine ? turn(skb) : pass(COUNT_NATIVE);
+                        *fated = now;
+                }
+        }
+        if (fated->fate == FATE_NATIVE)
+                return pass(m == MODE_LENIENT ? COUNT_OLD : COUNT_NATIVE);
+        return turn(skb);
+}
+
+SEC("tc")
+int out_eth(struct __sk_buff *skb)
+{
+        struct packet p = {};
+        __u32 m = mode();
+        if (m == MODE_OFF)
+                return pass(COUNT_NATIVE);
+        int at = find_tcp(skb, &p);
+        if (at == 0)
+                return pass(COUNT_LOCAL);
+        if (at < 0)
+                return m == MODE_STRICT || m == MODE_LENIENT ? drop(-at) : pass(COUNT_NATIVE);
+
+        struct bpf_sock *sk = skb->sk;
+        if (sk) {
+                struct bpf_sock *full = bpf_sk_fullsock(sk);
+                if (!full) {
+                        /* A SYN-ACK: its request socket points to the listener. */
+                        struct bpf_sock *listener = bpf_get_listener_sock(sk);
+                        if (listener && bpf_sk_storage_get(&engine_sk, listener, 0, 0))
+                                return pass(COUNT_ENGINE);
+                        if (listener && (m == MODE_NOTING || m == MODE_DRAINING) && !peer_is_local(skb, &p))
+                                return pass(COUNT_NATIVE);
+                        if (listener)
+                                return turn(skb);
+                } else {
+                        if (bpf_sk_storage_get(&engine_sk, full, 0, 0))
+                                return pass(COUNT_ENGINE);
+                        /* The kernel's control socket, raw and packet sockets are not STREAM. */
+                        __u32 type = *(volatile __u32 *)&full->type;
+                        __u32 protocol = *(volatile __u32 *)&full->protocol;
+                        if (type == SOCK_STREAM && protocol == IPPROTO_TCP)
+                                return decide(skb, full, &p, m);
+                }
+        }
+        if (m == MODE_NOTING || m == MODE_DRAINING)
+                return peer_is_local(skb, &p) ? turn(skb) : pass(COUNT_NATIVE);
+        if (p.payload || p.syn || peer_is_local(skb, &p))
+                return turn(skb);
+        return pass(COUNT_CONTROL);
+}
+
+SEC("tc")
+int in_lo(struct __sk_buff *skb)
+{
+        /* The frame carries the gateway's MAC: without this ip_rcv would take it for somebody else's. */
+        if (skb->mark == CAPTURE_MARK_TURNED)
+                bpf_skb_change_type(skb, 0 /* PACKET_HOST */);
+        return TC_ACT_OK;
+}
+
+static __always_inline void mapped(__u8 *to, __u32 ip4)
+{
+        __builtin_memset(to, 0, 10);
+        to[10] = to[11] = 0xff;
+        __builtin_memcpy(to + 12, &ip4, 4);
+}
+
+SEC("tc")
+int out_lo(struct __sk_buff *skb)
+{
+        struct bpf_sock *sk = skb->sk;
+        if (!sk)
+                return TC_ACT_OK;
+        sk = bpf_sk_fullsock(sk);
+        if (!sk || !bpf_sk_storage_get(&engine_sk, sk, 0, 0))
+                return TC_ACT_OK;
+        struct packet p = {};
+        if (find_tcp(skb, &p) <= 0 || !p.syn || p.ack)
+                return TC_ACT_OK;
+        struct capture_own_key key = {};
+        if (p.tuple_size == sizeof(p.tuple.ipv4)) {
+                mapped(key.remote, p.tuple.ipv4.saddr);
+                key.remote_port = bpf_ntohs(p.tuple.ipv4.sport);
+                key.local_port = bpf_ntohs(p.tuple.ipv4.dport);
+        } else {
+                __builtin_memcpy(key.remote, p.tuple.ipv6.saddr, 16);
+                key.remote_port = bpf_ntohs(p.tuple.ipv6.sport);
+                key.local_port = bpf_ntohs(p.tuple.ipv6.dport);
+        }
+        __u8 one = 1;
+        count(bpf_map_update_elem(&own, &key, &one, BPF_ANY) == 0 ? COUNT_TAGGED : COUNT_TAG_FULL);
+        return TC_ACT_OK;
+}
+
+static __always_inline int give(struct bpf_sk_lookup *ctx, __u32 slot, __u32 counter)
+{
+        struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &slot);
+        if (!sk) {
+                count(COUNT_IN_NO_LISTENER);
+                return SK_DROP;
+        }
+        long error = bpf_sk_assign(ctx, sk, 0);
+        bpf_sk_release(sk);
+        count(error ? COUNT_IN_NO_LISTENER : counter);
+        return error ? SK_DROP : SK_PASS;
+}
+
+SEC("sk_lookup")
+int steer(struct bpf_sk_lookup *ctx)
+{
+        __u32 m = mode();
+        struct capture_address local = {};
+        struct capture_own_key key = {};
+        if (ctx->protocol != IPPROTO_TCP || m == MODE_OFF)
+                return SK_PASS;
+        if (ctx->family == AF_INET) {
+                mapped(local.ip, ctx->local_ip4);
+                mapped(key.remote, ctx->remote_ip4);
+                if (local.ip[12] == 127)
+                        return SK_PASS;
+        } else {
+                __u32 l[4] = {ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3]};
+                __u32 r[4] = {ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2], ctx->remote_ip6[3]};
+                if (!l[0] && !l[1] && !l[2] && l[3] == bpf_htonl(1))
+                        return SK_PASS;
+                __builtin_memcpy(local.ip, l, 16);
+                __builtin_memcpy(key.remote, r, 16);
+                if (local.ip[0] == 0xfe && (local.ip[1] & 0xc0) == 0x80)
+                        return SK_PASS;
+        }
+        if (!bpf_map_lookup_elem(&addresses, &local))
+                return give(ctx, SLOT_OUTBOUND, COUNT_IN_OUTBOUND); /* only our rule delivers what is not the pod's */
+        if (__builtin_memcmp(local.ip, key.remote, 16) == 0) {
+                count(COUNT_IN_SELF);
+                return SK_PASS;
+        }
+        key.remote_port = bpf_ntohs((__u16)ctx->remote_port);
+        key.local_port = (__u16)ctx->local_port;
+        if (bpf_map_delete_elem(&own, &key) == 0) {
+                count(COUNT_IN_OWN);
+                return SK_PASS;
+        }
+        if (ctx->local_port == CAPTURE_HBONE_PORT)
+                return give(ctx, SLOT_HBONE, COUNT_IN_HBONE);
+        if (m == MODE_DRAINING) {
+                count(COUNT_IN_NATIVE);
+                return SK_PASS;
+        }
+        return give(ctx, SLOT_INBOUND, COUNT_IN_INBOUND);
+}

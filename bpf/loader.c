@@ -1,0 +1,899 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Theory of operation
+ *
+ * An instance is a directory of pins: each map and each program under its own name, and the sk_lookup link. There is no
+ * other state; whoever has the directory can go on. Programs are attached to tc by clsact filters (handle 1, preference
+ * CAPTURE_PREF; one path on every kernel, and they die with the namespace) and to sk_lookup by a link. clsact is
+ * created once and never deleted: adding or deleting it loses packets.
+ *
+ * Turned-around packets need, in the namespace, a rule (mark 0x111 -> table 100), a table in which every destination is
+ * local on lo, and accept_local on lo, because they carry the pod's own source address. Whether rule and route are
+ * there is asked the way the kernel itself asks: a route look-up with the mark.
+ *
+ * To lenient, in this order: mode NOTING (everything passes, what sends is noted), filters, sk_lookup (from here on new
+ * connections are the engine's), a pass of the iterator (everything that is open is noted), and once no half-open
+ * connection from before is left, LENIENT. The half-open ones are those of listeners without our storage; the iterator
+ * cannot see a request's listener, so they are told by their tuples: requests that were there in the first pass, minus
+ * those that are gone.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <bpf/bpf.h>
+#include <bpf/libbpf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/fib_rules.h>
+#include <linux/if_link.h>
+#include <linux/rtnetlink.h>
+#include <net/if.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include "loader.h"
+#include "maps.h"
+#include "capture.skel.h"
+#include "survey.skel.h"
+
+#define CAPTURE_PREF 0x5353
+#define CAPTURE_HANDLE 1
+#define CAPTURE_TABLE 100
+#define CAPTURE_RULE_PREF 32764
+#define REQUESTS_MAX 4096
+
+static const char *const map_names[] = {"listeners", "engine_sk", "fates", "own", "pod", "addresses", "counters"};
+static const char *const program_names[] = {"out_eth", "in_lo", "out_lo", "steer", "note", "survey"};
+
+static int fail(char *error, int code, const char *format, ...)
+{
+        va_list args;
+        va_start(args, format);
+        int n = vsnprintf(error, CAPTURE_ERROR_LEN, format, args);
+        va_end(args);
+        if (n >= 0 && n < CAPTURE_ERROR_LEN - 3)
+                snprintf(error + n, CAPTURE_ERROR_LEN - (size_t)n, ": %s", strerror(-code));
+        return code;
+}
+
+static int silent(enum libbpf_print_level level, const char *format, va_list args)
+{
+        (void)level, (void)format, (void)args;
+        return 0;
+}
+
+static void path_of(char out[PATH_MAX], const char *pins, const char *name)
+{
+        snprintf(out, PATH_MAX, "%s/%s", pins, name);
+}
+
+/* fd of a pin, or -errno. */
+static int open_pin(const char *pins, const char *name)
+{
+        char path[PATH_MAX];
+        path_of(path, pins, name);
+        int fd = bpf_obj_get(path);
+        return fd < 0 ? -errno : fd;
+}
+
+static int make_directories(const char *pins)
+{
+        char path[PATH_MAX];
+        snprintf(path, sizeof(path), "%s", pins);
+        for (char *p = path + 1;; p++) {
+                if (*p != '/' && *p)
+                        continue;
+                char was = *p;
+                *p = 0;
+                if (mkdir(path, 0700) < 0 && errno != EEXIST)
+                        return -errno;
+                if (!was)
+                        return 0;
+                *p = was;
+        }
+}
+
+/* -- network namespaces ------------------------------------------------------------------------------------------- */
+
+static int enter(int netns, int *back)
+{
+        *back = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+        if (*back < 0)
+                return -errno;
+        if (setns(netns, CLONE_NEWNET) < 0) {
+                int error = -errno;
+                close(*back);
+                return error;
+        }
+        return 0;
+}
+
+static void leave(int back)
+{
+        if (setns(back, CLONE_NEWNET) < 0) {
+                fprintf(stderr, "capture: cannot return to the own network namespace: %s\n", strerror(errno));
+                abort();
+        }
+        close(back);
+}
+
+static int inode_of(int netns, uint64_t *ino)
+{
+        struct stat st;
+        if (fstat(netns, &st) < 0)
+                return -errno;
+        *ino = st.st_ino;
+        return 0;
+}
+
+/* -- netlink: one rule and one route a family --------------------------------------------------------------------- */
+
+struct request {
+        struct nlmsghdr header;
+        union {
+                struct fib_rule_hdr rule;
+                struct rtmsg route;
+        };
+        char attributes[256];
+};
+
+static void attribute(struct request *r, unsigned short type, const void *data, size_t length)
+{
+        struct rtattr *a = (struct rtattr *)((char *)r + NLMSG_ALIGN(r->header.nlmsg_len));
+        a->rta_type = type;
+        a->rta_len = (unsigned short)RTA_LENGTH(length);
+        memcpy(RTA_DATA(a), data, length);
+        r->header.nlmsg_len = NLMSG_ALIGN(r->header.nlmsg_len) + RTA_LENGTH(length);
+}
+
+/* Sends, returns the kernel's answer: 0, -errno, or for a look-up the type of the route. */
+static int talk(struct request *r)
+{
+        char answer[4096];
+        int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE), result;
+        if (fd < 0)
+                return -errno;
+        struct timeval limit = {.tv_sec = 5};
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+        if (send(fd, r, r->header.nlmsg_len, 0) < 0) {
+                result = -errno;
+        } else {
+                ssize_t n = recv(fd, answer, sizeof(answer), 0);
+                struct nlmsghdr *h = (struct nlmsghdr *)answer;
+                if (n < (ssize_t)sizeof(*h))
+                        result = n < 0 ? -errno : -EPROTO;
+                else if (h->nlmsg_type == NLMSG_ERROR)
+                        result = ((struct nlmsgerr *)NLMSG_DATA(h))->error;
+                else
+                        result = ((struct rtmsg *)NLMSG_DATA(h))->rtm_type;
+        }
+        close(fd);
+        return result;
+}
+
+static int change_rule(int family, bool add)
+{
+        struct request r = {.header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.rule)),
+                                       .nlmsg_type = add ? RTM_NEWRULE : RTM_DELRULE,
+                                       .nlmsg_flags = (unsigned short)(NLM_F_REQUEST | NLM_F_ACK |
+                                                                       (add ? NLM_F_CREATE | NLM_F_EXCL : 0))},
+                            .rule = {.family = (unsigned char)family, .action = FR_ACT_TO_TBL, .table = CAPTURE_TABLE}};
+        uint32_t mark = CAPTURE_MARK_TURNED, preference = CAPTURE_RULE_PREF, table = CAPTURE_TABLE;
+        attribute(&r, FRA_FWMARK, &mark, 4);
+        attribute(&r, FRA_PRIORITY, &preference, 4);
+        attribute(&r, FRA_TABLE, &table, 4);
+        return talk(&r);
+}
+
+static int change_route(int family, bool add)
+{
+        struct request r = {.header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.route)),
+                                       .nlmsg_type = add ? RTM_NEWROUTE : RTM_DELROUTE,
+                                       .nlmsg_flags = (unsigned short)(NLM_F_REQUEST | NLM_F_ACK |
+                                                                       (add ? NLM_F_CREATE | NLM_F_EXCL : 0))},
+                            .route = {.rtm_family = (unsigned char)family,
+                                      .rtm_table = CAPTURE_TABLE,
+                                      .rtm_protocol = RTPROT_STATIC,
+                                      .rtm_scope = family == AF_INET ? RT_SCOPE_HOST : RT_SCOPE_UNIVERSE,
+                                      .rtm_type = RTN_LOCAL}};
+        uint32_t lo = 1, table = CAPTURE_TABLE;
+        attribute(&r, RTA_OIF, &lo, 4);
+        attribute(&r, RTA_TABLE, &table, 4);
+        return talk(&r);
+}
+
+/* Does a turned-around packet reach the pod itself? 1, 0 or -errno. The destination is an address of documentation (RFC
+ * 5737, 3849). */
+static int is_turned_home(int family)
+{
+        struct request r = {
+                .header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.route)),
+                           .nlmsg_type = RTM_GETROUTE,
+                           .nlmsg_flags = NLM_F_REQUEST},
+                .route = {.rtm_family = (unsigned char)family, .rtm_dst_len = family == AF_INET ? 32 : 128}};
+        uint8_t destination[16];
+        inet_pton(family, family == AF_INET ? "192.0.2.1" : "2001:db8::1", destination);
+        uint32_t mark = CAPTURE_MARK_TURNED;
+        attribute(&r, RTA_DST, destination, family == AF_INET ? 4 : 16);
+        attribute(&r, RTA_MARK, &mark, 4);
+        int type = talk(&r);
+        if (type == -ENETUNREACH || type == -EHOSTUNREACH)
+                return 0;
+        return type < 0 ? type : type == RTN_LOCAL;
+}
+
+static bool has_ipv6(void)
+{
+        char value = '1';
+        int fd = open("/proc/sys/net/ipv6/conf/lo/disable_ipv6", O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+                return false;
+        ssize_t n = read(fd, &value, 1);
+        close(fd);
+        return n == 1 && value == '0';
+}
+
+static int accept_local(int value)
+{
+        char text = (char)('0' + value);
+        int fd = open("/proc/sys/net/ipv4/conf/lo/accept_local", (value < 0 ? O_RDONLY : O_WRONLY) | O_CLOEXEC),
+            result = 0;
+        if (fd < 0)
+                return -errno;
+        if (value < 0)
+                result = read(fd, &text, 1) == 1 ? text - '0' : -EIO;
+        else if (write(fd, &text, 1) != 1)
+                result = -errno;
+        close(fd);
+        return result;
+}
+
+/* -- attachments; all of these run inside the namespace ----------------------------------------------------------- */
+
+struct filter {
+        const char *program;
+        enum bpf_tc_attach_point point;
+        bool on_lo;
+        int missing;
+};
+
+static const struct filter filters[] = {
+        {"in_lo", BPF_TC_INGRESS, true, CAPTURE_NO_IN_LO},
+        {"out_lo", BPF_TC_EGRESS, true, CAPTURE_NO_OUT_LO},
+        {"out_eth", BPF_TC_EGRESS, false, CAPTURE_NO_OUT_ETH}, /* last: it sends packets to the others */
+};
+
+static uint32_t program_id(int fd)
+{
+        struct bpf_prog_info info = {0};
+        uint32_t length = sizeof(info);
+        return bpf_obj_get_info_by_fd(fd, &info, &length) == 0 ? info.id : 0;
+}
+
+static int filter_attach(const struct filter *f, const char *pins, int ifindex)
+{
+        int fd = open_pin(pins, f->program);
+        if (fd < 0)
+                return fd;
+        LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex, .attach_point = f->point);
+        int result = bpf_tc_hook_create(&hook);
+        if (result == 0 || result == -EEXIST) {
+                LIBBPF_OPTS(bpf_tc_opts, opts, .handle = CAPTURE_HANDLE, .priority = CAPTURE_PREF, .prog_fd = fd,
+                            .flags = BPF_TC_F_REPLACE);
+                result = bpf_tc_attach(&hook, &opts);
+        }
+        close(fd);
+        return result;
+}
+
+static bool filter_is_there(const struct filter *f, const char *pins, int ifindex)
+{
+        int fd = open_pin(pins, f->program);
+        if (fd < 0)
+                return false;
+        uint32_t id = program_id(fd);
+        close(fd);
+        LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex, .attach_point = f->point);
+        LIBBPF_OPTS(bpf_tc_opts, opts, .handle = CAPTURE_HANDLE, .priority = CAPTURE_PREF);
+        return bpf_tc_query(&hook, &opts) == 0 && opts.prog_id == id;
+}
+
+static int filter_detach(const struct filter *f, int ifindex)
+{
+        LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex, .attach_point = f->point);
+        LIBBPF_OPTS(bpf_tc_opts, opts, .handle = CAPTURE_HANDLE, .priority = CAPTURE_PREF);
+        int result = bpf_tc_detach(&hook, &opts);
+        return result == -ENOENT || result == -EINVAL ? 0 : result; /* not there; no clsact */
+}
+
+/* The link's namespace, 0 where there is no link or its namespace is gone. */
+static uint64_t link_netns(const char *pins)
+{
+        int fd = open_pin(pins, "link");
+        if (fd < 0)
+                return 0;
+        struct bpf_link_info info = {0};
+        uint32_t length = sizeof(info);
+        int result = bpf_obj_get_info_by_fd(fd, &info, &length);
+        close(fd);
+        return result == 0 ? info.netns.netns_ino : 0;
+}
+
+static int link_attach(const char *pins, int netns, uint64_t ino)
+{
+        char path[PATH_MAX];
+        if (link_netns(pins) == ino)
+                return 0;
+        path_of(path, pins, "link");
+        unlink(path); /* of a namespace that is gone */
+        int program = open_pin(pins, "steer");
+        if (program < 0)
+                return program;
+        int link = bpf_link_create(program, netns, BPF_SK_LOOKUP, NULL), result = 0;
+        if (link < 0)
+                result = -errno;
+        else if (bpf_obj_pin(link, path) < 0)
+                result = -errno;
+        if (link >= 0)
+                close(link);
+        close(program);
+        return result;
+}
+
+static int plumb(char *error)
+{
+        int result = accept_local(1);
+        if (result < 0)
+                return fail(error, result, "net.ipv4.conf.lo.accept_local=1");
+        for (int i = 0; i < 2; i++) {
+                int family = i ? AF_INET6 : AF_INET;
+                if (i && !has_ipv6())
+                        break;
+                result = change_route(family, true);
+                if (result < 0 && result != -EEXIST)
+                        return fail(error, result, "route: local default dev lo table %d", CAPTURE_TABLE);
+                result = change_rule(family, true);
+                if (result < 0 && result != -EEXIST)
+                        return fail(error, result, "rule: fwmark %#x lookup %d", CAPTURE_MARK_TURNED, CAPTURE_TABLE);
+        }
+        return 0;
+}
+
+static int attach_filters(const char *pins, const char *interface, char *error)
+{
+        int ifindex = (int)if_nametoindex(interface);
+        if (ifindex == 0)
+                return fail(error, -ENODEV, "interface %s in the pod", interface);
+        for (size_t i = 0; i < sizeof(filters) / sizeof(*filters); i++) {
+                int on = filters[i].on_lo ? 1 : ifindex;
+                if (filter_is_there(&filters[i], pins, on))
+                        continue;
+                int result = filter_attach(&filters[i], pins, on);
+                if (result < 0)
+                        return fail(error, result, "tc filter %s", filters[i].program);
+        }
+        return 0;
+}
+
+/* -- maps --------------------------------------------------------------------------------------------------------- */
+
+static int read_pod(const char *pins, struct capture_pod *pod)
+{
+        uint32_t zero = 0;
+        int fd = open_pin(pins, "pod");
+        if (fd < 0)
+                return fd;
+        int result = bpf_map_lookup_elem(fd, &zero, pod) < 0 ? -errno : 0;
+        close(fd);
+        return result;
+}
+
+static int write_pod(const char *pins, const struct capture_pod *pod)
+{
+        uint32_t zero = 0;
+        int fd = open_pin(pins, "pod");
+        if (fd < 0)
+                return fd;
+        int result = bpf_map_update_elem(fd, &zero, pod, BPF_ANY) < 0 ? -errno : 0;
+        close(fd);
+        return result;
+}
+
+static int parse_address(const char *text, size_t length, struct capture_address *out)
+{
+        char one[INET6_ADDRSTRLEN + 1];
+        if (length >= sizeof(one))
+                return -EINVAL;
+        memcpy(one, text, length);
+        one[length] = 0;
+        memset(out->ip, 0, 10);
+        out->ip[10] = out->ip[11] = 0xff;
+        if (inet_pton(AF_INET, one, out->ip + 12) == 1 || inet_pton(AF_INET6, one, out->ip) == 1)
+                return 0;
+        return -EINVAL;
+}
+
+static int set_addresses(int map, const char *addresses, char *error)
+{
+        struct capture_address wanted[CAPTURE_MAX_ADDRESSES], key, next;
+        int n = 0;
+        for (const char *p = addresses; *p;) {
+                size_t length = strcspn(p, ",");
+                if (n == CAPTURE_MAX_ADDRESSES)
+                        return fail(error, -E2BIG, "more than %d addresses", CAPTURE_MAX_ADDRESSES);
+                if (parse_address(p, length, &wanted[n++]) < 0)
+                        return fail(error, -EINVAL, "address %.*s", (int)length, p);
+                p += length + (p[length] == ',');
+        }
+        uint8_t one = 1;
+        for (int i = 0; i < n; i++)
+                if (bpf_map_update_elem(map, &wanted[i], &one, BPF_ANY) < 0)
+                        return fail(error, -errno, "map addresses");
+        struct capture_address gone[CAPTURE_MAX_ADDRESSES];
+        int ngone = 0;
+        for (void *from = NULL; bpf_map_get_next_key(map, from, &next) == 0 && ngone < CAPTURE_MAX_ADDRESSES;
+             from = &key) {
+                bool keep = false;
+                for (int i = 0; i < n; i++)
+                        keep |= memcmp(&wanted[i], &next, sizeof(next)) == 0;
+                if (!keep)
+                        gone[ngone++] = next;
+                key = next;
+        }
+        for (int i = 0; i < ngone; i++)
+                bpf_map_delete_elem(map, &gone[i]);
+        return 0;
+}
+
+/* -- loading ------------------------------------------------------------------------------------------------------ */
+
+static bool all_pinned(const char *pins)
+{
+        char path[PATH_MAX];
+        for (size_t i = 0; i < sizeof(map_names) / sizeof(*map_names); i++) {
+                path_of(path, pins, map_names[i]);
+                if (access(path, F_OK) < 0)
+                        return false;
+        }
+        for (size_t i = 0; i < sizeof(program_names) / sizeof(*program_names); i++) {
+                path_of(path, pins, program_names[i]);
+                if (access(path, F_OK) < 0)
+                        return false;
+        }
+        return true;
+}
+
+static int pin_programs(struct bpf_object *object, const char *pins)
+{
+        struct bpf_program *program;
+        char path[PATH_MAX];
+        bpf_object__for_each_program(program, object)
+        {
+                path_of(path, pins, bpf_program__name(program));
+                unlink(path);
+                int result = bpf_program__pin(program, path);
+                if (result < 0)
+                        return result;
+        }
+        return 0;
+}
+
+static int pin_maps(struct bpf_object *object, const char *pins)
+{
+        struct bpf_map *map;
+        char path[PATH_MAX];
+        bpf_object__for_each_map(map, object)
+        {
+                path_of(path, pins, bpf_map__name(map));
+                int result = bpf_map__set_pin_path(map, path); /* load takes the map that is there, or pins a new one */
+                if (result < 0)
+                        return result;
+        }
+        return 0;
+}
+
+static int load(const char *pins, char *error)
+{
+        struct capture_bpf *capture = capture_bpf__open();
+        struct survey_bpf *survey = survey_bpf__open();
+        int result = -ENOMEM;
+        if (!capture || !survey) {
+                fail(error, result, "open the BPF objects");
+                goto out;
+        }
+        if ((result = pin_maps(capture->obj, pins)) < 0 || (result = capture_bpf__load(capture)) < 0) {
+                fail(error, result, "load the capture programs (`sidestep check` says what the kernel lacks)");
+                goto out;
+        }
+        if ((result = pin_maps(survey->obj, pins)) < 0 || (result = survey_bpf__load(survey)) < 0) {
+                fail(error, result, "load the socket iterator (`sidestep check` says what the kernel lacks)");
+                goto out;
+        }
+        if ((result = pin_programs(capture->obj, pins)) < 0 || (result = pin_programs(survey->obj, pins)) < 0)
+                fail(error, result, "pin the programs in %s", pins);
+out:
+        capture_bpf__destroy(capture);
+        survey_bpf__destroy(survey);
+        return result;
+}
+
+int capture_prepare(const char *pins, const char *addresses, char *error)
+{
+        libbpf_set_print(silent);
+        int result = make_directories(pins);
+        if (result < 0)
+                return fail(error, result, "directory %s", pins);
+        if (!all_pinned(pins) && (result = load(pins, error)) < 0)
+                return result;
+        int map = open_pin(pins, "addresses");
+        if (map < 0)
+                return fail(error, map, "map addresses in %s", pins);
+        result = set_addresses(map, addresses, error);
+        close(map);
+        return result;
+}
+
+int capture_maps(const char *pins, int *listeners, int *engine_sk, char *error)
+{
+        int first = open_pin(pins, "listeners"), second = open_pin(pins, "engine_sk");
+        if (first < 0 || second < 0) {
+                int result = first < 0 ? first : second;
+                if (first >= 0)
+                        close(first);
+                if (second >= 0)
+                        close(second);
+                return fail(error, result, "maps in %s", pins);
+        }
+        *listeners = first;
+        *engine_sk = second;
+        return 0;
+}
+
+/* -- the survey --------------------------------------------------------------------------------------------------- */
+
+static bool same_request(const struct capture_seen *a, const struct capture_seen *b)
+{
+        return memcmp(a, b, offsetof(struct capture_seen, kind)) == 0;
+}
+
+/* Runs an iterator inside the namespace. Counts old connections; collects the requests (up to max, more is -E2BIG). */
+static int run_survey(const char *pins, const char *program, struct capture_seen *requests, int max, int *nrequests,
+                      int *old)
+{
+        int result = 0, fd = open_pin(pins, program), link = -1, iterator = -1;
+        *nrequests = *old = 0;
+        if (fd < 0)
+                return fd;
+        link = bpf_link_create(fd, 0, BPF_TRACE_ITER, NULL);
+        if (link < 0) {
+                result = -errno;
+                goto out;
+        }
+        iterator = bpf_iter_create(link); /* the namespace is the one of the thread that opens it */
+        if (iterator < 0) {
+                result = -errno;
+                goto out;
+        }
+        struct capture_seen seen[256];
+        for (;;) {
+                ssize_t n = read(iterator, seen, sizeof(seen));
+                if (n < 0 && (errno == EAGAIN || errno == EINTR))
+                        continue;
+                if (n <= 0) {
+                        result = n < 0 ? -errno : 0;
+                        break;
+                }
+                for (size_t i = 0; i < (size_t)n / sizeof(*seen); i++) {
+                        *old += seen[i].kind == KIND_OLD;
+                        if (seen[i].kind != KIND_REQUEST || !requests)
+                                continue;
+                        if (*nrequests == max) {
+                                result = -E2BIG;
+                                goto out;
+                        }
+                        requests[(*nrequests)++] = seen[i];
+                }
+        }
+out:
+        if (iterator >= 0)
+                close(iterator);
+        if (link >= 0)
+                close(link);
+        close(fd);
+        return result;
+}
+
+/* Notes all that is open, and looks for WAIT_ROUNDS * 10 ms whether each half-open connection that was there at first
+ * is done. 0: none is left, and every connection was noted after that; -EAGAIN. */
+#define WAIT_ROUNDS 50
+
+static int note_all(const char *pins, char *error)
+{
+        struct capture_seen *first = calloc(REQUESTS_MAX, sizeof(*first)), *now = calloc(REQUESTS_MAX, sizeof(*now));
+        int nfirst = 0, nnow = 0, old = 0, result = -ENOMEM;
+        if (!first || !now)
+                goto out;
+        result = run_survey(pins, "note", first, REQUESTS_MAX, &nfirst, &old);
+        for (int round = 0; result == 0 && nfirst > 0; round++) {
+                if (round == WAIT_ROUNDS) {
+                        result = -EAGAIN;
+                        break;
+                }
+                usleep(10000);
+                if ((result = run_survey(pins, "note", now, REQUESTS_MAX, &nnow, &old)) < 0)
+                        break;
+                int left = 0;
+                for (int i = 0; i < nfirst; i++)
+                        for (int j = 0; j < nnow; j++)
+                                if (same_request(&first[i], &now[j])) {
+                                        first[left++] = first[i];
+                                        break;
+                                }
+                nfirst = left;
+        }
+out:
+        if (result < 0 && result != -EAGAIN)
+                fail(error, result, "note the open connections");
+        else if (result == -EAGAIN)
+                fail(error, result, "%d half-open connections from before", nfirst);
+        free(first);
+        free(now);
+        return result;
+}
+
+static int change_mode(const char *pins, int netns, const char *interface, int mode, char *error)
+{
+        struct capture_pod pod;
+        uint64_t ino;
+        int result = read_pod(pins, &pod);
+        if (result < 0)
+                return fail(error, result, "map pod in %s", pins);
+        if ((result = inode_of(netns, &ino)) < 0)
+                return fail(error, result, "network namespace");
+        bool native = pod.mode == MODE_OFF || pod.mode == MODE_DRAINING || pod.mode == MODE_NOTING;
+        bool notes = mode == MODE_LENIENT && native;
+        pod.netns_ino = ino;
+        pod.mode = notes ? MODE_NOTING : (uint32_t)mode;
+        if ((result = write_pod(pins, &pod)) < 0)
+                return fail(error, result, "map pod in %s", pins);
+        if ((result = plumb(error)) < 0)
+                return result;
+        if (!notes) { /* nothing may pass between the two: inbound first, a pod that is new has no connections yet */
+                if ((result = link_attach(pins, netns, ino)) < 0)
+                        return fail(error, result, "sk_lookup");
+                return attach_filters(pins, interface, error);
+        }
+        if ((result = attach_filters(pins, interface, error)) < 0)
+                return result;
+        if ((result = link_attach(pins, netns, ino)) < 0)
+                return fail(error, result, "sk_lookup");
+        if ((result = note_all(pins, error)) < 0)
+                return result;
+        pod.mode = MODE_LENIENT;
+        result = write_pod(pins, &pod);
+        return result < 0 ? fail(error, result, "map pod in %s", pins) : 0;
+}
+
+int capture_set_mode(const char *pins, int netns, const char *interface, int mode, char *error)
+{
+        int back, result;
+        libbpf_set_print(silent);
+        if (mode != MODE_STRICT && mode != MODE_LENIENT && mode != MODE_DRAINING)
+                return fail(error, -EINVAL, "mode %d", mode);
+        if ((result = enter(netns, &back)) < 0)
+                return fail(error, result, "enter the network namespace");
+        result = change_mode(pins, netns, interface, mode, error);
+        leave(back);
+        return result;
+}
+
+int capture_read(const char *pins, uint32_t *mode, uint64_t *netns_ino, char *error)
+{
+        struct capture_pod pod;
+        int result = read_pod(pins, &pod);
+        if (result < 0)
+                return fail(error, result, "map pod in %s", pins);
+        *mode = pod.mode;
+        *netns_ino = pod.netns_ino;
+        return 0;
+}
+
+static int missing(const char *pins, uint64_t ino, const char *interface)
+{
+        int found = all_pinned(pins) ? 0 : CAPTURE_NO_PINS;
+        int ifindex = (int)if_nametoindex(interface);
+        for (size_t i = 0; i < sizeof(filters) / sizeof(*filters); i++)
+                if (!filter_is_there(&filters[i], pins, filters[i].on_lo ? 1 : ifindex))
+                        found |= filters[i].missing;
+        if (link_netns(pins) != ino)
+                found |= CAPTURE_NO_STEER;
+        if (accept_local(-1) != 1)
+                found |= CAPTURE_NO_ACCEPT_LOCAL;
+        if (is_turned_home(AF_INET) != 1)
+                found |= CAPTURE_NO_ROUTE4;
+        if (has_ipv6() && is_turned_home(AF_INET6) != 1)
+                found |= CAPTURE_NO_ROUTE6;
+        return found;
+}
+
+int capture_verify(const char *pins, int netns, const char *interface, char *error)
+{
+        int back, result;
+        uint64_t ino;
+        libbpf_set_print(silent);
+        if ((result = inode_of(netns, &ino)) < 0 || (result = enter(netns, &back)) < 0)
+                return fail(error, result, "enter the network namespace");
+        result = missing(pins, ino, interface);
+        leave(back);
+        return result;
+}
+
+int capture_listeners(const char *pins, char *error)
+{
+        int fd = open_pin(pins, "listeners"), found = 0;
+        if (fd < 0)
+                return fail(error, fd, "map listeners in %s", pins);
+        for (uint32_t slot = 0; slot < SLOT_COUNT; slot++) {
+                uint64_t cookie;
+                if (bpf_map_lookup_elem(fd, &slot, &cookie) == 0)
+                        found |= 1 << slot;
+        }
+        close(fd);
+        return found;
+}
+
+int capture_old(const char *pins, int netns, char *error)
+{
+        int back, result, requests, old;
+        libbpf_set_print(silent);
+        if ((result = enter(netns, &back)) < 0)
+                return fail(error, result, "enter the network namespace");
+        result = run_survey(pins, "survey", NULL, 0, &requests, &old);
+        leave(back);
+        return result < 0 ? fail(error, result, "look at the sockets of the namespace") : old;
+}
+
+static const char *const counter_names[] = {
+        [COUNT_TURNED] = "turned",
+        [COUNT_ENGINE] = "engine",
+        [COUNT_OLD] = "old",
+        [COUNT_CONTROL] = "control",
+        [COUNT_NATIVE] = "native",
+        [COUNT_LOCAL] = "not_tcp",
+        [COUNT_DROP_FRAGMENT] = "drop_fragment",
+        [COUNT_DROP_EXTENSION] = "drop_extension",
+        [COUNT_DROP_VLAN] = "drop_vlan",
+        [COUNT_DROP_SHORT] = "drop_short",
+        [COUNT_TAGGED] = "tagged",
+        [COUNT_TAG_FULL] = "tag_full",
+        [COUNT_IN_OUTBOUND] = "to_outbound",
+        [COUNT_IN_INBOUND] = "to_inbound",
+        [COUNT_IN_HBONE] = "to_hbone",
+        [COUNT_IN_OWN] = "to_application",
+        [COUNT_IN_SELF] = "self",
+        [COUNT_IN_NATIVE] = "in_native",
+        [COUNT_IN_NO_LISTENER] = "no_listener",
+};
+
+const char *capture_counter_name(int counter)
+{
+        return counter >= 0 && counter < COUNT_MAX ? counter_names[counter] : NULL;
+}
+
+int capture_counters(const char *pins, uint64_t *out, int n, char *error)
+{
+        int cpus = libbpf_num_possible_cpus(), fd = open_pin(pins, "counters"), result = 0;
+        if (fd < 0)
+                return fail(error, fd, "map counters in %s", pins);
+        uint64_t *values = calloc((size_t)(cpus > 0 ? cpus : 1), sizeof(*values));
+        if (!values || cpus <= 0) {
+                result = -ENOMEM;
+        } else {
+                n = n < COUNT_MAX ? n : COUNT_MAX;
+                for (uint32_t i = 0; i < (uint32_t)n && result == 0; i++) {
+                        out[i] = 0;
+                        if (bpf_map_lookup_elem(fd, &i, values) < 0)
+                                result = -errno;
+                        for (int cpu = 0; cpu < cpus; cpu++)
+                                out[i] += values[cpu];
+                }
+        }
+        free(values);
+        close(fd);
+        return result < 0 ? fail(error, result, "map counters in %s", pins) : n;
+}
+
+static int unplumb(const char *pins, const char *interface, char *error)
+{
+        int ifindex = (int)if_nametoindex(interface), worst = 0;
+        for (int i = (int)(sizeof(filters) / sizeof(*filters)) - 1; i >= 0; i--) {
+                int on = filters[i].on_lo ? 1 : ifindex;
+                int result = on ? filter_detach(&filters[i], on) : 0;
+                if (result < 0)
+                        worst = fail(error, result, "take out tc filter %s", filters[i].program);
+        }
+        int link = open_pin(pins, "link");
+        if (link >= 0) {
+                bpf_link_detach(link);
+                close(link);
+        }
+        for (int i = 0; i < 2; i++) {
+                change_rule(i ? AF_INET6 : AF_INET, false);
+                change_route(i ? AF_INET6 : AF_INET, false);
+        }
+        accept_local(0);
+        return worst;
+}
+
+int capture_detach(const char *pins, int netns, const char *interface, char *error)
+{
+        char path[PATH_MAX];
+        int result = 0, back;
+        libbpf_set_print(silent);
+        if (netns >= 0) {
+                if ((result = enter(netns, &back)) < 0)
+                        return fail(error, result, "enter the network namespace");
+                result = unplumb(pins, interface, error);
+                leave(back);
+                if (result < 0)
+                        return result;
+        }
+        path_of(path, pins, "link");
+        unlink(path);
+        for (size_t i = 0; i < sizeof(program_names) / sizeof(*program_names); i++) {
+                path_of(path, pins, program_names[i]);
+                unlink(path);
+        }
+        for (size_t i = 0; i < sizeof(map_names) / sizeof(*map_names); i++) {
+                path_of(path, pins, map_names[i]);
+                unlink(path);
+        }
+        if (rmdir(pins) < 0 && errno != ENOENT)
+                return fail(error, -errno, "directory %s", pins);
+        return 0;
+}
+
+int capture_probe(int i, const char **name, char *error)
+{
+        static const struct {
+                const char *program, *what;
+        } probes[] = {
+                {"out_eth", "tc egress with socket storage"},
+                {"in_lo", "tc ingress"},
+                {"out_lo", "tc egress on lo"},
+                {"steer", "sk_lookup"},
+                {"note", "tcp iterator"},
+        };
+        libbpf_set_print(silent);
+        if (i < 0 || i >= (int)(sizeof(probes) / sizeof(*probes)))
+                return -ERANGE;
+        *name = probes[i].what;
+        struct capture_bpf *capture = capture_bpf__open();
+        struct survey_bpf *survey = survey_bpf__open();
+        int result = -ENOMEM;
+        if (capture && survey) {
+                struct bpf_object *objects[] = {capture->obj, survey->obj}, *with = NULL;
+                for (int o = 0; o < 2; o++) {
+                        struct bpf_program *program;
+                        bpf_object__for_each_program(program, objects[o])
+                        {
+                                bool this = strcmp(bpf_program__name(program), probes[i].program) == 0;
+                                bpf_program__set_autoload(program, this);
+                                if (this)
+                                        with = objects[o];
+                        }
+                }
+                result = with ? bpf_object__load(with) : -ENOENT;
+        }
+        if (result < 0)
+                fail(error, result, "load %s", probes[i].program);
+        capture_bpf__destroy(capture);
+        survey_bpf__destroy(survey);
+        return result;
+}

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Loads the programs of one pod, attaches them in its network namespace, changes their mode, looks whether they are
+ * still there.
+ *
+ * A pod's instance is named by its directory of pins (BPFDIR/v1/POD_UID, on a bpffs). All functions return 0 (or what
+ * is said) or -errno and then write one line into error (of CAPTURE_ERROR_LEN bytes). All are idempotent: a crash in
+ * the middle is finished by the same call again. Those with a netns enter it in the calling thread and come back (the
+ * process aborts if that fails): call them from a thread that has nothing else to do with namespaces. Not thread-safe
+ * for the same pod.
+ */
+#ifndef SIDESTEP_LOADER_H
+#define SIDESTEP_LOADER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cdef begin */
+#define CAPTURE_ERROR_LEN 512
+#define CAPTURE_LAYOUT "v1"
+
+/* What capture_verify finds missing. */
+#define CAPTURE_NO_PINS 1
+#define CAPTURE_NO_OUT_ETH 2
+#define CAPTURE_NO_IN_LO 4
+#define CAPTURE_NO_OUT_LO 8
+#define CAPTURE_NO_STEER 16
+#define CAPTURE_NO_ROUTE4 32
+#define CAPTURE_NO_ROUTE6 64
+#define CAPTURE_NO_ACCEPT_LOCAL 128
+
+/* Loads programs and maps, pins them; attaches nothing. addresses: comma separated, both families; they replace those
+ * from before. */
+int capture_prepare(const char *pins, const char *addresses, char *error);
+/* The fds of `listeners` and `engine_sk`; the caller closes them. */
+int capture_maps(const char *pins, int *listeners, int *engine_sk, char *error);
+/* Attaches what is not attached, in the order that lets nothing through (strict) or breaks nothing (lenient), and sets
+ * the mode (enum capture_mode: STRICT, LENIENT, DRAINING). To LENIENT: -EAGAIN while connections from before are half
+ * open; call again. */
+int capture_set_mode(const char *pins, int netns, const char *interface, int mode, char *error);
+/* The mode, and the inode of the namespace in which it is attached (0: nowhere). -ENOENT: no such instance. */
+int capture_read(const char *pins, uint32_t *mode, uint64_t *netns_ino, char *error);
+/* >= 0: CAPTURE_NO_*. */
+int capture_verify(const char *pins, int netns, const char *interface, char *error);
+/* Bit i: slot i of `listeners` holds a socket. */
+int capture_listeners(const char *pins, char *error);
+/* Number of open connections from before the enrolment. */
+int capture_old(const char *pins, int netns, char *error);
+/* out[i]: enum capture_counter; returns how many of n were written. */
+int capture_counters(const char *pins, uint64_t *out, int n, char *error);
+const char *capture_counter_name(int counter);
+/* Takes everything out but the clsact qdiscs (deleting them loses packets) and removes the pins. netns -1: it is gone.
+ */
+int capture_detach(const char *pins, int netns, const char *interface, char *error);
+/* Loads program number i alone and throws it away. -ERANGE: there is no program i. name: what it is, for people. */
+int capture_probe(int i, const char **name, char *error);
+/* cdef end */
+
+#endif

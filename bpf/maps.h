@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/*
+ * The ABI between the programs in a pod's network namespace, the loader and the engine: every map, key and value.
+ * Read by clang (programs), by the C compiler (loader) and by cffi (the part between the markers).
+ */
+#ifndef SIDESTEP_MAPS_H
+#define SIDESTEP_MAPS_H
+
+#ifdef __bpf__
+#include <linux/types.h>
+#else
+#include <linux/types.h>
+#endif
+
+#define CAPTURE_MARK_TURNED 0x111
+#define CAPTURE_HBONE_PORT 15008
+#define CAPTURE_MAX_ADDRESSES 16
+#define CAPTURE_MAX_OWN 16384
+
+/* cdef begin */
+enum capture_slot { SLOT_OUTBOUND = 0, SLOT_INBOUND = 1, SLOT_HBONE = 2, SLOT_COUNT = 3 };
+
+enum capture_mode {
+        MODE_OFF = 0,      /* programs may be attached, everything passes */
+        MODE_NOTING = 1,   /* enrolment has begun: sockets that send are noted as old, everything passes */
+        MODE_LENIENT = 2,  /* noted sockets pass, everything else is turned around */
+        MODE_STRICT = 3,   /* everything that is not the engine's is turned around */
+        MODE_DRAINING = 4, /* new connections pass; flows that the engine holds are turned around */
+};
+
+enum capture_counter {
+        COUNT_TURNED,         /* outbound packets turned around */
+        COUNT_ENGINE,         /* outbound packets of the engine's sockets */
+        COUNT_OLD,            /* outbound packets of noted sockets */
+        COUNT_CONTROL,        /* data-free packets without a socket (TIME_WAIT, RST) that passed */
+        COUNT_NATIVE,         /* outbound packets that passed because the mode lets them */
+        COUNT_LOCAL,          /* not TCP, or not ours to touch */
+        COUNT_DROP_FRAGMENT,  /* IPv4 fragments of TCP */
+        COUNT_DROP_EXTENSION, /* IPv6 extension chains that end in TCP or are not known */
+        COUNT_DROP_VLAN,
+        COUNT_DROP_SHORT,  /* cannot be parsed */
+        COUNT_TAGGED,      /* the engine's connects to the application */
+        COUNT_TAG_FULL,    /* no room for a tag: the engine resets the connection */
+        COUNT_IN_OUTBOUND, /* SYNs given to the outbound listener */
+        COUNT_IN_INBOUND,
+        COUNT_IN_HBONE,
+        COUNT_IN_OWN,         /* SYNs of the engine handed to the application */
+        COUNT_IN_SELF,        /* the pod to itself, loopback */
+        COUNT_IN_NATIVE,      /* passed because of the mode */
+        COUNT_IN_NO_LISTENER, /* dropped: the engine is not there */
+        COUNT_MAX
+};
+
+struct capture_pod {
+        __u32 mode;
+        __u32 ifindex; /* of the interface that carries out_eth */
+        __u64 netns_ino;
+};
+
+/* What became of an application's socket; value of `fates`. */
+enum capture_fate {
+        FATE_NOTED = 1, /* open before the enrolment, says the iterator; not yet checked against the engine's sockets */
+        FATE_CAPTURED = 2, /* turned around from its SYN on: never native again */
+        FATE_NATIVE = 3,   /* opened natively (before the enrolment, or while draining) */
+};
+
+/* Value of `fates`. isn: of the SYN that opened it natively, so that its retransmission is told from a new connect of
+ * the same socket. */
+struct capture_fated {
+        __u32 fate;
+        __u32 isn;
+};
+
+/* What the survey (survey.bpf.c) says of each TCP socket of the namespace. */
+enum capture_kind { KIND_REQUEST = 1, KIND_OLD = 2, KIND_OTHER = 3 };
+
+struct capture_seen {
+        __u8 local[16], remote[16];
+        __u16 local_port, remote_port; /* host order */
+        __u8 kind, state;
+        __u16 reserved;
+};
+
+struct capture_address {
+        __u8 ip[16];
+};
+
+struct capture_own_key {
+        __u8 remote[16];
+        __u16 remote_port; /* host order */
+        __u16 local_port;  /* host order */
+};
+/* cdef end */
+
+#endif

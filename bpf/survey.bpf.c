@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/*
+ * Which TCP sockets a network namespace has: iterators over all of them, in an object of their own because they need
+ * the kernel's BTF.
+ *
+ * `note` gives each socket that has no fate and is not the engine's the fate NOTED (bpf/capture.bpf.c asks at its next
+ * packet whether the engine holds the other end); `survey` only looks. Both write a struct capture_seen for each
+ * socket.
+ */
+#include <linux/bpf.h>
+#include <stdbool.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include "maps.h"
+
+#define AF_INET 2
+#define TCP_SYN_SENT 2
+#define TCP_TIME_WAIT 6
+#define TCP_CLOSE 7
+#define TCP_LISTEN 10
+#define TCP_NEW_SYN_RECV 12
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";
+
+/* The kernel's own types, as far as they are read here; CO-RE finds the offsets. */
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+struct in6_addr_words {
+        __u8 u6_addr8[16];
+};
+struct in6_addr {
+        union {
+                __u8 u6_addr8[16];
+        } in6_u;
+};
+struct sock_common {
+        __be32 skc_daddr, skc_rcv_saddr;
+        __be16 skc_dport;
+        __u16 skc_num;
+        unsigned short skc_family;
+        volatile unsigned char skc_state;
+        struct in6_addr skc_v6_daddr, skc_v6_rcv_saddr;
+};
+struct sock {
+        struct sock_common __sk_common;
+};
+struct inet_connection_sock {
+        int dummy;
+};
+struct tcp_sock {
+        __u32 snd_una;
+};
+struct seq_file {
+        int dummy;
+};
+struct bpf_iter_meta {
+        struct seq_file *seq;
+        __u64 session_id, seq_num;
+};
+struct bpf_iter__tcp {
+        struct bpf_iter_meta *meta;
+        struct sock_common *sk_common;
+        __u32 uid;
+};
+#pragma clang attribute pop
+
+struct {
+        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
+        __uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+        __type(key, int);
+        __type(value, __u32);
+} engine_sk SEC(".maps");
+
+struct {
+        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
+        __uint(map_flags, BPF_F_NO_PREALLOC);
+        __type(key, int);
+        __type(value, struct capture_fated);
+} fates SEC(".maps");
+
+static __always_inline void mapped(__u8 *to, __u32 ip4)
+{
+        __builtin_memset(to, 0, 10);
+        to[10] = to[11] = 0xff;
+        __builtin_memcpy(to + 12, &ip4, 4);
+}
+
+static __always_inline int look(struct bpf_iter__tcp *ctx, bool note)
+{
+        struct sock_common *sk = ctx->sk_common;
+        struct capture_seen seen = {.kind = KIND_OTHER};
+        if (!sk)
+                return 0;
+        seen.state = sk->skc_state;
+        if (seen.state == TCP_LISTEN || seen.state == TCP_TIME_WAIT || seen.state == TCP_CLOSE)
+                return 0;
+        if (sk->skc_family == AF_INET) {
+                mapped(seen.local, sk->skc_rcv_saddr);
+                mapped(seen.remote, sk->skc_daddr);
+        } else {
+                bpf_probe_read_kernel(seen.local, 16, &sk->skc_v6_rcv_saddr);
+                bpf_probe_read_kernel(seen.remote, 16, &sk->skc_v6_daddr);
+        }
+        seen.local_port = sk->skc_num;
+        seen.remote_port = bpf_ntohs(sk->skc_dport);
+        if (seen.state == TCP_NEW_SYN_RECV) {
+                seen.kind = KIND_REQUEST;
+        } else {
+                struct tcp_sock *tcp = bpf_skc_to_tcp_sock(sk);
+                if (!tcp)
+                        return 0;
+                __u32 *engine = bpf_sk_storage_get(&engine_sk, tcp, 0, 0);
+                if (!engine) {
+                        struct capture_fated *fated = bpf_sk_storage_get(&fates, tcp, 0, 0);
+                        if (!fated && note) {
+                                struct capture_fated noted = {.fate = FATE_NOTED};
+                                if (seen.state == TCP_SYN_SENT)
+                                        noted.isn = tcp->snd_una;
+                                fated = bpf_sk_storage_get(&fates, tcp, &noted, BPF_SK_STORAGE_GET_F_CREATE);
+                        }
+                        if (fated && fated->fate != FATE_CAPTURED)
+                                seen.kind = KIND_OLD;
+                }
+        }
+        bpf_seq_write(ctx->meta->seq, &seen, sizeof(seen));
+        return 0;
+}
+
+SEC("iter/tcp")
+int note(struct bpf_iter__tcp *ctx)
+{
+        return look(ctx, true);
+}
+
+SEC("iter/tcp")
+int survey(struct bpf_iter__tcp *ctx)
+{
+        return look(ctx, false);
+}
