@@ -53,6 +53,7 @@ class Call:
 
     command: str
     container: str
+    interface: str
     netns: str
     netns_fd: int
     namespace: str
@@ -107,6 +108,7 @@ def parse(environment: bytes, stdin: bytes, netns_fd: int = -1) -> Call:
     return Call(
         command=command,
         container=variables.get("CNI_CONTAINERID", ""),
+        interface=variables.get("CNI_IFNAME", ""),
         netns=variables.get("CNI_NETNS", ""),
         netns_fd=netns_fd,
         namespace=args.get("K8S_POD_NAMESPACE", ""),

@@ -41,7 +41,9 @@ class Record:
     uid: str
     namespace: str
     name: str
+    service_account: str
     container: str
+    interface: str
     netns_path: str
     netns_ino: int
     netns_cookie: int

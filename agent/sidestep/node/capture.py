@@ -1,0 +1,222 @@
+"""Capture as the agent sees it: one instance of programs and maps per pod, pinned, told by UID.
+
+A typed face of sidestep._bpf (bpf/loader.h). Every call loads or asks the kernel and may take milliseconds, so all
+run in one thread of their own: never two at once, and the loop goes on. The C side enters a pod's namespace and
+comes back; that thread does nothing else.
+"""
+
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sidestep import _bpf
+from sidestep.node.netns import Netns
+from sidestep.node.reconcile import Capture
+
+INTERFACE = "eth0"
+
+_ffi: Any = _bpf.ffi
+_lib: Any = _bpf.lib
+_MODES = {
+    Capture.STRICT: _lib.MODE_STRICT,
+    Capture.LENIENT: _lib.MODE_LENIENT,
+    Capture.DRAINING: _lib.MODE_DRAINING,
+}
+_MISSING = {
+    _lib.CAPTURE_NO_PINS: "pins",
+    _lib.CAPTURE_NO_OUT_ETH: "egress program",
+    _lib.CAPTURE_NO_IN_LO: "ingress program on lo",
+    _lib.CAPTURE_NO_OUT_LO: "egress program on lo",
+    _lib.CAPTURE_NO_STEER: "sk_lookup program",
+    _lib.CAPTURE_NO_ROUTE4: "IPv4 rule or route",
+    _lib.CAPTURE_NO_ROUTE6: "IPv6 rule or route",
+    _lib.CAPTURE_NO_ACCEPT_LOCAL: "accept_local of lo",
+}
+_ALL_SLOTS = (1 << _lib.SLOT_COUNT) - 1
+_LAYOUT = "v1"  # CAPTURE_LAYOUT of bpf/loader.h
+
+T = TypeVar("T")
+
+
+class CaptureError(Exception):
+    """The kernel did not take it, or it is not there any more; says what was tried and the error."""
+
+
+class NotYet(CaptureError):
+    """LENIENT has begun, but connections from before are half open: to be asked again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the pins of a pod say. `netns_ino` 0: attached nowhere."""
+
+    capture: Capture
+    netns_ino: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """`missing`: what is not where it was put, in words. `listeners`: the engine's sockets are in every slot."""
+
+    missing: str
+    listeners: bool
+
+    @property
+    def intact(self) -> bool:
+        """Every program, filter, rule and pin is in place."""
+        return not self.missing
+
+
+class Captures:
+    """The instances of this node. A netns that is handed in may be closed by its owner at any time."""
+
+    def __init__(self, directory: Path) -> None:
+        """Opens (and makes) the directory of pins. Raises CaptureError where it is not on a bpffs."""
+        if _filesystem(directory) != "bpf":
+            raise CaptureError(
+                f"{directory} is not on a bpffs: mount -t bpf bpf /sys/fs/bpf, or give another --bpf-dir"
+            )
+        self._directory = directory / _LAYOUT
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="capture")
+
+    def close(self) -> None:
+        """Ends the thread; what is attached and pinned stays."""
+        self._thread.shutdown()
+
+    async def list(self) -> Mapping[str, Found]:
+        """Every pod that has pins."""
+
+        def work() -> dict[str, Found]:
+            found = {}
+            for uid in os.listdir(self._directory):
+                try:
+                    found[uid] = self._read(uid)
+                except CaptureError:
+                    # Half made or half removed: without its mode nothing is attached. To be taken away as such.
+                    found[uid] = Found(Capture.PREPARED, 0)
+            return found
+
+        return await self._call(work)
+
+    def _read(self, uid: str) -> Found:
+        mode, inode = _ffi.new("uint32_t *"), _ffi.new("uint64_t *")
+        _check(lambda error: _lib.capture_read(self._pins(uid), mode, inode, error))
+        return Found(_capture_of(mode[0], inode[0]), int(inode[0]))
+
+    async def prepare(self, uid: str, addresses: tuple[str, ...]) -> None:
+        """Makes maps and pins, attaches nothing. Done already: the addresses are brought up to date."""
+        text = ",".join(addresses).encode()
+        await self._call(lambda: _check(lambda error: _lib.capture_prepare(self._pins(uid), text, error)))
+
+    async def set_mode(self, uid: str, netns: Netns, interface: str, mode: Capture) -> None:
+        """Attaches, or changes, to STRICT, LENIENT or DRAINING. Raises NotYet."""
+        await self._inside(netns, _lib.capture_set_mode, uid, interface, _MODES[mode])
+
+    async def detach(self, uid: str, netns: Netns | None, interface: str) -> None:
+        """Takes everything out; also where the namespace is gone (None)."""
+        await self._inside(netns, _lib.capture_detach, uid, interface)
+
+    async def verify(self, uid: str, netns: Netns | None, interface: str) -> Verified:
+        """Compares what should be attached with what is; without a namespace only the listeners are looked at."""
+        bits = await self._inside(netns, _lib.capture_verify, uid, interface) if netns is not None else 0
+        slots = await self._call(lambda: _check(lambda error: _lib.capture_listeners(self._pins(uid), error)))
+        missing = ", ".join(word for bit, word in _MISSING.items() if bits & bit)
+        return Verified(missing, slots & _ALL_SLOTS == _ALL_SLOTS)
+
+    async def old(self, uid: str, netns: Netns) -> int:
+        """Connections from before the enrolment that are still open."""
+        return await self._inside(netns, _lib.capture_old, uid, None)
+
+    async def counters(self, uid: str) -> Mapping[str, int]:
+        """Decisions of the programs, by name."""
+
+        def work() -> dict[str, int]:
+            values = _ffi.new(f"uint64_t[{_lib.COUNT_MAX}]")
+            count = _check(lambda error: _lib.capture_counters(self._pins(uid), values, _lib.COUNT_MAX, error))
+            return {_ffi.string(_lib.capture_counter_name(i)).decode(): int(values[i]) for i in range(count)}
+
+        return await self._call(work)
+
+    @asynccontextmanager
+    async def maps(self, uid: str) -> AsyncIterator[tuple[int, int]]:
+        """File descriptors of `listeners` and `engine_sk`, closed at the end."""
+        listeners, engine_sk = _ffi.new("int *"), _ffi.new("int *")
+        await self._call(lambda: _check(lambda error: _lib.capture_maps(self._pins(uid), listeners, engine_sk, error)))
+        try:
+            yield int(listeners[0]), int(engine_sk[0])
+        finally:
+            os.close(listeners[0])
+            os.close(engine_sk[0])
+
+    def _pins(self, uid: str) -> bytes:
+        if not uid or "/" in uid or uid.startswith("."):
+            raise CaptureError(f"not a pod's UID: {uid[:64]!r}")
+        return str(self._directory / uid).encode()
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _inside(self, netns: Netns | None, function: Any, uid: str, interface: str | None, *rest: int) -> int:
+        """Calls a function of the loader with pins, netns and interface (where it takes one)."""
+        words = [] if interface is None else [interface.encode()]
+        fd = -1 if netns is None else os.dup(netns.fd)
+        try:
+            return await self._call(lambda: _check(lambda error: function(self._pins(uid), fd, *words, *rest, error)))
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+
+def probe() -> Iterator[tuple[str, str, str]]:
+    """Loads every program once, alone, and throws it away: (what it is, the problem or "", advice)."""
+    name = _ffi.new("const char **")
+    error = _ffi.new("char[]", _lib.CAPTURE_ERROR_LEN)
+    number = 0
+    while (result := _lib.capture_probe(number, name, error)) != -errno.ERANGE:
+        problem = _ffi.string(error).decode("utf-8", "replace") if result < 0 else ""
+        yield (
+            _ffi.string(name[0]).decode(),
+            problem,
+            "a kernel of 5.15 or newer with BPF, and CAP_BPF and CAP_NET_ADMIN",
+        )
+        number += 1
+
+
+def _check(call: Callable[[Any], int]) -> int:
+    """Calls the loader. Raises CaptureError with its line, NotYet for EAGAIN."""
+    error = _ffi.new("char[]", _lib.CAPTURE_ERROR_LEN)
+    result = int(call(error))
+    if result < 0:
+        text = _ffi.string(error).decode("utf-8", "replace") or os.strerror(-result)
+        raise (NotYet if result == -errno.EAGAIN else CaptureError)(text)
+    return result
+
+
+def _capture_of(mode: int, inode: int) -> Capture:
+    """NOTING is an enrolment that was cut off: as in DRAINING, some connections may be the engine's, some not."""
+    if inode == 0:
+        return Capture.PREPARED
+    for capture, number in _MODES.items():
+        if number == mode:
+            return capture
+    return Capture.DRAINING
+
+
+def _filesystem(path: Path) -> str:
+    """Type of the file system that a path (that need not exist) is on."""
+    best, kind = "", ""
+    text = str(path.absolute())
+    with open("/proc/self/mountinfo") as mounts:
+        for line in mounts:
+            fields = line.split(" ")
+            point = fields[4]
+            if len(point) >= len(best) and (text + "/").startswith(point.rstrip("/") + "/"):
+                best, kind = point, fields[fields.index("-") + 1]
+    return kind

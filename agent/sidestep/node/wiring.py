@@ -1,0 +1,201 @@
+"""Builds the agent's parts from its configuration and runs them in one TaskGroup. The only module that knows all of
+them.
+"""
+
+import asyncio
+import base64
+import json
+import random
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from sidestep.kube.client import KubeClient
+from sidestep.node import ca, cni, httpd, log, statefile
+from sidestep.node.admin import Pages, only_local
+from sidestep.node.agent import Agent, Authority, CertificateError, Place
+from sidestep.node.api import ClusterApi, reflectors
+from sidestep.node.capture import Captures
+from sidestep.node.command import Config
+from sidestep.node.metrics import Metrics
+from sidestep.node.netns import Records
+from sidestep.node.resident import ApiError, Names
+from sidestep.node.xds import Feed, FileFeed, Stream
+
+GRPC_OPTIONS = (
+    ("grpc.max_receive_message_length", 200 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
+    """Runs the agent until SIGTERM or SIGINT. Raises StateError, CaptureError or ConfigError where it cannot start."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    metrics = Metrics()
+    async with KubeClient.from_config(config.kubeconfig) as client:
+        api = ClusterApi(client, config.system_namespace)
+        captures = Captures(config.bpf_dir)
+        names = Names(config.trust_domain, config.cluster_id, int(config.drain_quiet_s * 1000), config.pod_netns_dir)
+        channels = Channels(config, api)
+        authority: Authority
+        files = statefile.FileAuthority() if config.state_file is not None else None
+        authority = files or ca.Authority(channels.get, config.token_file, config.cluster_id)
+        agent = Agent(
+            place=Place(config.node, _settings(config), config.excluded),
+            names=names,
+            captures=captures,
+            engine_path=config.engine_socket,
+            api=api,
+            authority=authority,
+            records=Records(config.run_dir / "pods"),
+            metrics=metrics,
+            uniform=random.random,
+        )
+        feed: Feed
+        if files is not None and config.state_file is not None:
+            file_feed = FileFeed(config.state_file, files, agent)
+            loop.add_signal_handler(signal.SIGHUP, file_feed.reload)
+            feed = file_feed
+        else:
+            node_id, metadata = _node(config)
+            feed = Stream(
+                channel=channels.get,
+                address=config.control,
+                node_id=node_id,
+                metadata=metadata,
+                token_file=config.token_file,
+                cluster_id=config.cluster_id,
+                engine=agent.engine,
+                metrics=metrics,
+            )
+        agent.engine_versions = feed.engine_holds
+        pages = Pages(agent, feed.status, lambda: [*agent.pending(), *feed.pending()])
+        cli = cni.listen(config.run_dir / "agent.sock", socket.SOCK_STREAM)
+        pods, namespaces = reflectors(client, agent, config.node)
+        log.event("start", node=config.node, engine=config.engine_socket, control=config.control or config.state_file)
+
+        async def listed() -> None:
+            await pods.synced.wait()
+            agent.list_complete(pods=True)
+
+        async def namespaces_listed() -> None:
+            await namespaces.synced.wait()
+            agent.list_complete(namespaces=True)
+
+        async with asyncio.TaskGroup() as group:
+            agent_task = group.create_task(agent.run(), name="agent")
+            await agent.restored.wait()
+            tasks = [
+                agent_task,
+                group.create_task(feed.run(), name="feed"),
+                group.create_task(pods.run(), name="pods"),
+                group.create_task(namespaces.run(), name="namespaces"),
+                group.create_task(listed(), name="pods listed"),
+                group.create_task(namespaces_listed(), name="namespaces listed"),
+                group.create_task(cni.serve(config.run_dir / "cni.sock", agent), name="cni"),
+                group.create_task(httpd.serve(listeners["metrics"], pages.metrics), name="metrics"),
+                group.create_task(httpd.serve(listeners["ready"], pages.ready), name="ready"),
+                group.create_task(httpd.serve(listeners["admin"], only_local(pages.admin)), name="admin"),
+                group.create_task(httpd.serve(cli, pages.admin), name="cli"),
+            ]
+            await stop.wait()
+            log.event("stop")
+            for task in tasks:
+                task.cancel()
+        await channels.close()
+        captures.close()
+    return 0
+
+
+class Channels:
+    """The gRPC channel to the control plane: TLS, trusted by the cluster's root only, the server's name checked.
+
+    One channel for stream and requests; made anew when the root in the API has changed.
+    """
+
+    def __init__(self, config: Config, api: ClusterApi) -> None:
+        self._config = config
+        self._api = api
+        self._root = b""
+        self._channel: grpc.aio.Channel | None = None
+
+    async def get(self) -> grpc.aio.Channel:
+        """The channel. Raises CertificateError where the root is not to be had."""
+        try:
+            root = await self._api.root_certificate()
+        except ApiError as err:
+            if self._channel is None:
+                raise CertificateError(str(err)) from None
+            return self._channel
+        if self._channel is None or root != self._root:
+            await self.close()
+            options = (*GRPC_OPTIONS, ("grpc.ssl_target_name_override", self._config.control_name))
+            credentials = grpc.ssl_channel_credentials(root_certificates=root)
+            self._channel = grpc.aio.secure_channel(self._config.control, credentials, options=options)
+            self._root = root
+        return self._channel
+
+    async def close(self) -> None:
+        """Ends the channel and every call on it."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close(None)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "network": config.network,
+        "cluster_id": config.cluster_id,
+        "trust_domain": config.trust_domain,
+        "node": config.node,
+        "cluster_cidrs": list(config.cluster_cidrs),
+        "same_node": config.same_node,
+        "unknown": config.unknown,
+    }
+
+
+def _node(config: Config) -> tuple[str, dict[str, str]]:
+    """xDS node id and metadata (reference/ztunnel.md 3.1). The agent's own pod is the one its token is bound to."""
+    pod, namespace, account = _token_pod(config.token_file)
+    pod = pod or f"sidestep-agent-{config.node}"
+    namespace = namespace or config.system_namespace
+    node_id = f"ztunnel~{config.node_ip}~{pod}.{namespace}~{namespace}.svc.{config.trust_domain}"
+    metadata = {
+        "NAME": pod,
+        "NAMESPACE": namespace,
+        "INSTANCE_IPS": config.node_ip,
+        "NODE_NAME": config.node,
+        "CLUSTER_ID": config.cluster_id,
+        "NETWORK": config.network,
+        "SERVICE_ACCOUNT": account or "ztunnel",
+    }
+    return node_id, metadata
+
+
+def _token_pod(token_file: Path | None) -> tuple[str, str, str]:
+    """Pod, namespace and account that a service account token names, "" where it does not. Only names; trusted for
+    nothing.
+    """
+    if token_file is None:
+        return "", "", ""
+    try:
+        payload = token_file.read_text().strip().split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        bound = claims["kubernetes.io"]
+        account = (bound.get("serviceaccount") or {}).get("name", "")
+        return str((bound.get("pod") or {}).get("name", "")), str(bound["namespace"]), str(account)
+    except (OSError, IndexError, ValueError, KeyError, TypeError, AttributeError):
+        return "", "", ""

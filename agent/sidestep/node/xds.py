@@ -1,0 +1,275 @@
+"""Delta xDS: records go from the control plane to the engine as they came; the agent keeps name and version.
+
+A response becomes one batch (wire/batch.py) in one APPLY; it is acknowledged when the engine answers, that is when
+every worker has adopted it. Records that the engine rejects are named in a NACK and not remembered, so that the
+server sends them again. What the server is told on a new stream (initial_resource_versions) is what the engine said
+it holds: after a restart of the engine nothing, and everything comes again.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+
+from sidestep.node import log
+from sidestep.node.agent import Agent, CertificateError
+from sidestep.node.ca import credentials
+from sidestep.node.engine import Engine, EngineError, Hello
+from sidestep.node.metrics import Metrics
+from sidestep.node.statefile import FileAuthority, StateError, load
+from sidestep.wire.batch import Batch, Op, Record
+from sidestep.wire.pb import discovery_pb2
+
+METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
+ADDRESS = "type.googleapis.com/istio.workload.Address"
+AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
+KINDS = {ADDRESS: "address", AUTHORIZATION: "policy"}
+RETRY_FIRST_S = 0.01
+RETRY_LAST_S = 15.0
+
+
+class Feed(Protocol):
+    """Where the engine's records come from."""
+
+    async def run(self) -> None: ...
+
+    def engine_holds(self, hello: Hello) -> None: ...
+
+    def pending(self) -> list[str]: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+
+class Stream:
+    """The stream to the control plane. It runs only while the engine is there, and begins anew with every engine."""
+
+    def __init__(
+        self,
+        channel: Callable[[], Awaitable[grpc.aio.Channel]],
+        address: str,
+        node_id: str,
+        metadata: Mapping[str, str],
+        token_file: Path | None,
+        cluster_id: str,
+        engine: Engine,
+        metrics: Metrics,
+    ) -> None:
+        self._channel = channel
+        self._address = address
+        self._node = discovery_pb2.Node(id=node_id)
+        self._node.metadata.update(dict(metadata))
+        self._token_file = token_file
+        self._cluster_id = cluster_id
+        self._engine = engine
+        self._metrics = metrics
+        self._held: dict[str, dict[str, str]] = {url: {} for url in KINDS}
+        self._acked: set[str] = set()
+        self._changed = asyncio.Event()
+        self._connected = False
+        self._error = ""
+        self._rejected = ""
+
+    def engine_holds(self, hello: Hello) -> None:
+        """A connection to the engine is there, and this is what it holds."""
+        kinds = {kind: url for url, kind in KINDS.items()}
+        self._held = {url: {} for url in KINDS}
+        for (kind, name), version in hello.versions.items():
+            if kind in kinds:
+                self._held[kinds[kind]][name] = version
+        self._changed.set()
+
+    def pending(self) -> list[str]:
+        """What is missing until the agent is ready."""
+        return [] if self._acked >= KINDS.keys() else ["state manager"]
+
+    def status(self) -> dict[str, Any]:
+        """For /status."""
+        return {
+            "address": self._address,
+            "connected": self._connected,
+            "error": self._error,
+            "rejected": self._rejected,
+            "resources": {KINDS[url]: len(held) for url, held in self._held.items()},
+        }
+
+    async def run(self) -> None:
+        """Keeps a stream, again and again, until cancelled."""
+        wait_s = RETRY_FIRST_S
+        while True:
+            self._changed.clear()
+            if self._engine.hello is None:
+                await self._changed.wait()
+                continue
+            reason = await self._until_engine_changes()
+            self._connected = False
+            if reason is None:
+                wait_s = RETRY_FIRST_S
+                continue
+            self._metrics.add("istio_xds_connection_terminations_total", reason=reason)
+            if reason == "Complete":
+                wait_s = RETRY_FIRST_S
+            await asyncio.sleep(wait_s * random.uniform(0.8, 1.2))
+            wait_s = min(wait_s * 2, RETRY_LAST_S)
+
+    async def _until_engine_changes(self) -> str | None:
+        """One stream. Returns why it ended, None where the engine is another one now."""
+        async with asyncio.TaskGroup() as group:
+            stream = group.create_task(self._stream(), name="xds stream")
+            changed = group.create_task(self._changed.wait(), name="engine changes")
+            await asyncio.wait((stream, changed), return_when=asyncio.FIRST_COMPLETED)
+            done = stream.done() and not stream.cancelled()
+            stream.cancel()
+            changed.cancel()
+        return stream.result() if done else None
+
+    async def _stream(self) -> str:
+        """One stream, to its end. Returns the reason in the words of reference/ztunnel.md 3.1."""
+        try:
+            headers = await asyncio.to_thread(credentials, self._token_file, self._cluster_id)
+            call = (await self._channel()).stream_stream(
+                METHOD,
+                request_serializer=discovery_pb2.DeltaDiscoveryRequest.SerializeToString,
+                response_deserializer=discovery_pb2.DeltaDiscoveryResponse.FromString,
+            )(None, metadata=headers)
+            try:
+                for url in KINDS:
+                    await call.write(self._first(url))
+                while True:
+                    response = await call.read()
+                    if response is grpc.aio.EOF:  # type: ignore[attr-defined]
+                        return (
+                            "Complete"
+                            if (await call.code()) is grpc.StatusCode.OK
+                            else self._failed(await call.details())
+                        )
+                    await call.write(await self._take(response))  # type: ignore[arg-type]
+            finally:
+                call.cancel()
+        except grpc.aio.AioRpcError as err:
+            self._failed(f"{err.code().name}: {err.details()}")
+            return "ConnectionError" if err.code() is grpc.StatusCode.UNAVAILABLE else "Error"
+        except asyncio.InvalidStateError:
+            return "Reconnect"
+        except (CertificateError, EngineError, OSError, ValueError) as err:
+            return self._failed(str(err))
+
+    def _failed(self, error: str) -> str:
+        if error != self._error:
+            log.event("xds_failed", control=self._address, error=error)
+        self._error = error
+        return "Error"
+
+    def _first(self, url: str) -> discovery_pb2.DeltaDiscoveryRequest:
+        """The first request of a stream: a wildcard subscription, and what is held already."""
+        return discovery_pb2.DeltaDiscoveryRequest(
+            node=self._node, type_url=url, initial_resource_versions=self._held[url]
+        )
+
+    async def _take(self, response: discovery_pb2.DeltaDiscoveryResponse) -> discovery_pb2.DeltaDiscoveryRequest:
+        """Gives a response to the engine. Returns the ACK or NACK."""
+        url = response.type_url
+        answer = discovery_pb2.DeltaDiscoveryRequest(node=self._node, type_url=url, response_nonce=response.nonce)
+        if not self._connected:
+            self._connected, self._error = True, ""
+            log.event("xds_connected", control=self._address)
+        if url not in KINDS:
+            log.event("xds_unknown_type", type=url)
+            return answer
+        self._metrics.add("istio_xds_message_total", url=url)
+        self._metrics.add("istio_xds_message_bytes_total", response.ByteSize(), url=url)
+        with Batch() as batch:
+            rejected = _fill(batch, url, response)
+            rejected.update(await self._engine.apply(batch))
+        held = self._held[url]
+        for name in response.removed_resources:
+            held.pop(name, None)
+        for resource in response.resources:
+            if resource.name not in rejected:
+                held[resource.name] = resource.version
+        if url not in self._acked or rejected:
+            log.event("xds_applied", type=KINDS[url], records=len(response.resources), rejected=len(rejected))
+        self._acked.add(url)
+        if rejected:
+            self._rejected = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items()))[:4000]
+            answer.error_detail.message = self._rejected
+            log.event("xds_rejected", records=self._rejected)
+        return answer
+
+
+class FileFeed:
+    """--state-file in place of the stream: applied whole, to every engine and again on SIGHUP."""
+
+    def __init__(self, path: Path, authority: FileAuthority, agent: Agent) -> None:
+        self._path = path
+        self._authority = authority
+        self._agent = agent
+        self._state = load(path)
+        self._authority.files = self._state.certificates
+        self._changed = asyncio.Event()
+        self._applied = False
+        self._rejected = ""
+
+    def engine_holds(self, hello: Hello) -> None:
+        """A connection to the engine is there."""
+        self._applied = False
+        self._changed.set()
+
+    def reload(self) -> None:
+        """Reads the file again; keeps what it had where that cannot be used."""
+        try:
+            self._state = load(self._path)
+        except StateError as err:
+            log.event("state_file", error=err)
+            return
+        self._authority.files = self._state.certificates
+        self._changed.set()
+
+    def pending(self) -> list[str]:
+        """What is missing until the agent is ready."""
+        return [] if self._applied else ["state manager"]
+
+    def status(self) -> dict[str, Any]:
+        """For /status."""
+        return {
+            "state_file": str(self._path),
+            "connected": self._applied,
+            "rejected": self._rejected,
+            "resources": {"address": len(self._state.records)},
+        }
+
+    async def run(self) -> None:
+        """Applies the file when the engine or the file is new."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                with Batch(full=True) as batch:
+                    for record in self._state.records:
+                        batch.add(Record(Op.ADDRESS_SET, *record))
+                    rejected = await self._agent.engine.apply(batch)
+            except EngineError as err:
+                log.event("state_file_not_applied", error=err)
+                continue
+            self._applied = True
+            self._rejected = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+            log.event("state_file_applied", records=len(self._state.records), rejected=self._rejected)
+
+
+def _fill(batch: Batch, url: str, response: discovery_pb2.DeltaDiscoveryResponse) -> dict[str, str]:
+    """Puts a response into a batch. Bodies are the resources' bytes as they came, whatever is in them. Returns what
+    cannot be a record at all: name -> reason.
+    """
+    policy = url == AUTHORIZATION
+    rejected: dict[str, str] = {}
+    for name in response.removed_resources:
+        batch.add(Record(Op.POLICY_DEL if policy else Op.ADDRESS_DEL, name))
+    for resource in response.resources:
+        try:
+            op = Op.POLICY_SET if policy else Op.ADDRESS_SET
+            batch.add(Record(op, resource.name, resource.version, resource.resource.value))
+        except ValueError as err:
+            rejected[resource.name[:200]] = str(err)
+    return rejected
