@@ -1,4 +1,4 @@
-"""cffi recipe of sidestep._bpf: loader.h and maps.h between their markers are the declarations, build.mk makes the skeletons first."""
+"""cffi recipe of sidestep._bpf: declarations from loader.h and maps.h, skeletons made by build.mk first."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Network namespaces for tests: a pod and what is outside of it, code and sockets inside, a witness on the link.
 
-A `Pair` is a pod's namespace (eth0, both families, a default route) and an outside namespace that is its gateway and owns further
-addresses, so that "somewhere else" answers. Names carry the pid, so that parallel runs do not meet.
+A `Pair` is a pod's namespace (eth0, both families, a default route) and an outside namespace that is its gateway and
+owns further addresses, so that "somewhere else" answers. Names carry the pid, so that parallel runs do not meet.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ def inside(path: str, work: Callable[[], T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """`pod` and `outside` are names of namespaces; addresses are text, one of each family ("" where a family is off)."""
+    """`pod` and `outside` are names of namespaces; addresses are text, "" where a family is off."""
 
     pod: str
     outside: str

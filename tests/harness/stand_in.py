@@ -1,4 +1,4 @@
-"""What stands where the engine will: two listeners in a pod's SOCKMAP. For tests of capture alone; the engine has its own tests."""
+"""What stands where the engine will: listeners in a pod's SOCKMAP. For tests of capture alone."""
 
 import ctypes
 import os
