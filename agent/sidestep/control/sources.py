@@ -1,0 +1,90 @@
+"""The objects that the mesh is made of, followed at the API.
+
+Each kind has a reflector that keeps the projection of objects.py. A change is noted in the Mesh at once; `run` makes
+records of what was noted: the first change goes out immediately, those that come within DEBOUNCE_S of it together. The
+catalogs are complete before the first stream is served (a client that comes back is told what has gone, so half a
+picture would take pods out of the mesh).
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sidestep.control import log, objects
+from sidestep.control.objects import Json, Namespace
+from sidestep.control.records import Mesh
+from sidestep.control.roots import Publisher
+from sidestep.control.xds import ADDRESS, Discovery
+from sidestep.kube.client import KubeClient
+from sidestep.kube.watch import Reflector, key_of
+
+DEBOUNCE_S = 0.05
+
+K = TypeVar("K")
+
+
+class Sources:
+    """Reflectors for every kind, and what they feed."""
+
+    def __init__(self, client: KubeClient, mesh: Mesh, discovery: Discovery, publisher: Publisher) -> None:
+        self._client = client
+        self._mesh = mesh
+        self._discovery = discovery
+        self._publisher = publisher
+        self._changed = asyncio.Event()
+        self.unreadable: dict[str, str] = {}
+        self._reflectors: dict[str, Reflector[Any]] = {
+            "namespaces": self._follow("/api/v1/namespaces", objects.namespace_of, self._namespace),
+            "nodes": self._follow("/api/v1/nodes", objects.node_of, mesh.node),
+            "services": self._follow("/api/v1/services", objects.service_of, mesh.service),
+            "endpointslices": self._follow("/apis/discovery.k8s.io/v1/endpointslices", objects.slice_of, mesh.slice),
+            "pods": self._follow("/api/v1/pods", objects.pod_of, mesh.pod),
+        }
+
+    def _follow(
+        self, path: str, project: Callable[[Json], K | None], take: Callable[[str, K | None], None]
+    ) -> Reflector[K | None]:
+        def keep(obj: dict[str, Any]) -> K | None:
+            name = f"{path.rpartition('/')[2]} {key_of(obj)}"
+            try:
+                kept = project(obj)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                self.unreadable[name] = repr(error)
+                log.event("object_unreadable", object=name, error=repr(error))
+                return None
+            self.unreadable.pop(name, None)
+            return kept
+
+        def note(key: str, _old: K | None, new: K | None) -> None:
+            take(key, new)
+            self._changed.set()
+
+        return Reflector(self._client, path, keep, note)
+
+    def _namespace(self, key: str, new: Namespace | None) -> None:
+        self._mesh.namespace(key, new)
+        self._publisher.namespace(key, new is not None and not new.terminating)
+
+    async def run(self) -> None:
+        """Follows until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for name, each in self._reflectors.items():
+                group.create_task(each.run(), name=f"follow {name}")
+            for each in self._reflectors.values():
+                await each.synced.wait()
+            while True:
+                self._changed.clear()
+                self._discovery.update(ADDRESS, self._mesh.take())
+                if not self._discovery.synced.is_set():
+                    self._discovery.synced.set()
+                    log.event("synced", **{name: len(each.items) for name, each in self._reflectors.items()})
+                await asyncio.sleep(DEBOUNCE_S)
+                await self._changed.wait()
+
+    def status(self) -> dict[str, Any]:
+        """For /status."""
+        return {
+            "objects": {name: len(each.items) for name, each in self._reflectors.items()},
+            "problems": self._mesh.problems | self.unreadable,
+            "api": "; ".join(sorted({str(each.failed) for each in self._reflectors.values() if each.failed})),
+        }
