@@ -98,7 +98,7 @@ class Node:
                     "unknown": "hold",
                 },
             ),
-            names=Names("cluster.local", "Kubernetes", self.drain_quiet_ms, None),
+            names=Names("cluster.local", "Kubernetes", self.drain_quiet_ms, self.folder / "netns"),
             captures=captures,
             engine_path=self.folder / "engine" / "engine.sock",
             api=self.cluster,
@@ -125,10 +125,15 @@ class Node:
                     task.cancel()
                 captures.close()
 
-    def pod(self, name: str, namespace: str = "shop") -> tuple[Sandbox, Pod]:
-        """A pod with a sandbox, a place in the API and a record in the mesh."""
+    def pod(self, name: str, namespace: str = "shop", running: bool = True) -> tuple[Sandbox, Pod]:
+        """A pod with a sandbox, a place in the API and a record in the mesh. The API has no address of it before it
+        runs.
+        """
         sandbox = self.bridge.sandbox()
-        pod = self.cluster.add(namespace, name, sandbox.v4, sandbox.v6, account=name)
+        addresses = (sandbox.v4, sandbox.v6) if running else ()
+        pod = self.cluster.add(namespace, name, *addresses, account=name)
+        (self.folder / "netns").mkdir(exist_ok=True)
+        (self.folder / "netns" / pod.uid).symlink_to(sandbox.path)
         self.state["workloads"].append(
             {
                 "uid": workload_name("Kubernetes", namespace, name),
@@ -239,8 +244,8 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 def test_new_pods_are_captured_before_cni_add_returns(node: Node) -> None:
     async def work() -> None:
         node.cluster.label("shop", "ambient")
-        web, web_pod = node.pod("web")
-        api, api_pod = node.pod("api")
+        web, web_pod = node.pod("web", running=False)
+        api, api_pod = node.pod("api", running=False)
         node.start_engine()
         async with node.running_agent():
             for sandbox, pod in ((web, web_pod), (api, api_pod)):
@@ -269,7 +274,7 @@ def test_new_pods_are_captured_before_cni_add_returns(node: Node) -> None:
 
 def test_a_pod_outside_the_mesh_needs_no_engine(node: Node) -> None:
     async def work() -> None:
-        web, web_pod = node.pod("web")
+        web, web_pod = node.pod("web", running=False)
         async with node.running_agent():
             status, answer = await node.cni("ADD", web, web_pod)
             assert status == 0 and answer["ips"][0]["address"] == f"{web.v4}/24"
@@ -281,8 +286,8 @@ def test_a_pod_outside_the_mesh_needs_no_engine(node: Node) -> None:
 def test_what_cni_add_refuses(node: Node) -> None:
     async def work() -> None:
         node.cluster.label("shop", "ambient")
-        web, web_pod = node.pod("web")
-        api, api_pod = node.pod("api")
+        web, web_pod = node.pod("web", running=False)
+        api, api_pod = node.pod("api", running=False)
         node.start_engine()
         async with node.running_agent():
             host = Sandbox("../../proc/self/ns/net", web.v4, web.v6)
@@ -369,8 +374,8 @@ def test_label_flips_at_any_moment(node: Node) -> None:
 def test_engine_killed_and_back(node: Node) -> None:
     async def work() -> None:
         node.cluster.label("shop", "ambient")
-        web, web_pod = node.pod("web")
-        api, api_pod = node.pod("api")
+        web, web_pod = node.pod("web", running=False)
+        api, api_pod = node.pod("api", running=False)
         node.start_engine()
         async with node.running_agent(), echo(api, PORT) as seen:
             for sandbox, pod in ((web, web_pod), (api, api_pod)):
@@ -398,9 +403,9 @@ def test_engine_killed_and_back(node: Node) -> None:
 def test_agent_gone_and_back(node: Node) -> None:
     async def work() -> None:
         node.cluster.label("shop", "ambient")
-        web, web_pod = node.pod("web")
-        api, api_pod = node.pod("api")
-        gone, gone_pod = node.pod("gone")
+        web, web_pod = node.pod("web", running=False)
+        api, api_pod = node.pod("api", running=False)
+        gone, gone_pod = node.pod("gone", running=False)
         node.start_engine()
         async with echo(api, PORT):
             async with node.running_agent():
@@ -434,7 +439,7 @@ def test_agent_gone_and_back(node: Node) -> None:
 def test_a_pod_that_ends_leaves_nothing(node: Node) -> None:
     async def work() -> None:
         node.cluster.label("shop", "ambient")
-        web, web_pod = node.pod("web")
+        web, web_pod = node.pod("web", running=False)
         node.start_engine()
         async with node.running_agent():
             assert (await node.cni("ADD", web, web_pod))[0] == 0

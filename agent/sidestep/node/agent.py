@@ -296,7 +296,7 @@ class Agent:
     async def _until_served(self, resident: Resident, netns: Netns) -> None:
         try:
             async with asyncio.timeout(ADD_S):
-                while not (resident.served and resident.captured_ino == netns.ino and resident.netns is netns):
+                while not (resident.served and resident.captured_ino == netns.ino):
                     if resident.failures >= ADD_FAILURES:
                         raise CniError(f"pod {resident.key} cannot be captured", TRY_AGAIN, resident.error)
                     if resident.ended or self.residents.get(resident.uid) is not resident:

@@ -236,6 +236,9 @@ class Steps:
         pod.
         """
         resident.searches += 1
+        addresses = self._addresses(resident)
+        if not addresses:
+            return
         found = {}
         if self._names.netns_dir is not None:
             found = await asyncio.to_thread(search_dir, self._names.netns_dir, [resident.uid])
@@ -244,8 +247,9 @@ class Steps:
         netns = found.get(resident.uid)
         if netns is None:
             return
-        addresses = self._addresses(resident)
-        if not addresses or not await asyncio.to_thread(owns_address, netns, addresses):
+        owns = await asyncio.to_thread(owns_address, netns, addresses)
+        # Meanwhile a CNI call may have brought one: that one counts.
+        if not owns or resident.netns is not None or resident.ended:
             netns.close()
             return
         resident.netns, resident.searches = netns, 0
