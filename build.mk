@@ -89,8 +89,8 @@ $(OUT)/san/t_%: tests/tunnel/t_%.c $(OUT)/san/libtunnel.a
 $(OUT)/san/fuzz-%: tests/tunnel/fuzz/%.c $(OUT)/san/libtunnel.a
 	@$(CLANG) $(SAN) -fsanitize=fuzzer,address,undefined -o $@ $< $(OUT)/san/libtunnel.a $(SAN_LIBS)
 
-.PHONY: check-c fuzz-c lint
-check: lint check-c fuzz-c
+.PHONY: check-c fuzz-c fuzz-channel lint
+check: lint check-c fuzz-c fuzz-channel
 check-c: $(C_TESTS:%=%.run)
 fuzz-c: $(C_FUZZ:%=%.run)
 
@@ -104,6 +104,11 @@ $(OUT)/san/fuzz-%.run: $(OUT)/san/fuzz-%
 	@mkdir -p $(OUT)/corpus/$*
 	@$< -max_total_time=$(FUZZ) -timeout=10 -rss_limit_mb=2048 -artifact_prefix=$(OUT)/ $(OUT)/corpus/$* $(wildcard tests/tunnel/fuzz/$*) \
 	  >$<.log 2>&1 || { tail -n 60 $<.log; exit 1; }
+
+# The engine's channel is Python: changed packets against the real process.
+fuzz-channel: all
+	@echo "fuzz: channel for $(FUZZ) s"
+	@$(PY) -m tests.harness.fuzz_channel --seconds $(FUZZ)
 
 lint:
 	@echo "check: ruff, mypy, clang-format"

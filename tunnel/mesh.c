@@ -21,6 +21,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <malloc.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -31,6 +32,7 @@
 #define GEN_ALL 1u /* views start at 2 */
 #define NAME_MAX_LEN 2048
 #define VERSION_MAX_LEN 1024
+#define TRIM_BYTES (1u << 20)
 
 struct cell {
         _Alignas(64) _Atomic uint64_t gen;
@@ -48,6 +50,7 @@ struct mesh {
         struct interns names;
         struct decoder *decoder;
         uint64_t next_record;
+        bool trim; /* a large batch came: what it left free goes back to the kernel */
 };
 
 /* ---- readers ---- */
@@ -204,6 +207,10 @@ int mesh_sync(struct mesh *m, void (*wake)(void *arg, unsigned reader), void *ar
         }
         atomic_store(&m->waiting, 0);
         collect(m);
+        if (m->trim) {
+                malloc_trim(0);
+                m->trim = false;
+        }
         return r;
 }
 
@@ -505,6 +512,7 @@ int mesh_apply(struct mesh *m, const uint8_t *batch, size_t len, char *report, s
         if (flags & BATCH_FULL)
                 sweep(m, v);
         publish(m, v);
+        m->trim |= len >= TRIM_BYTES;
         return 0;
 }
 
