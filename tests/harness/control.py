@@ -1,7 +1,7 @@
 """A control plane to test against: the lab's API server and `sidestep control`, as processes, on addresses of 127/8.
 
-`Cluster` starts both and makes the objects that a kubelet would (nodes, pod status). `Client` is an xDS and CA client in
-the plainest form: it knows the wire, nothing of our own client.
+`Cluster` starts both; the functions make the objects that a kubelet would (nodes, pod status). `Follower` and
+`certificate` are clients in the plainest form: they know the wire and nothing of our own client.
 """
 
 import itertools
@@ -19,6 +19,7 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
 from sidestep.kube.client import KubeClient, KubeError
 from sidestep.wire.pb import citadel_pb2, discovery_pb2, workload_pb2
 
@@ -252,7 +253,7 @@ class Follower:
             request_serializer=discovery_pb2.DeltaDiscoveryRequest.SerializeToString,
             response_deserializer=discovery_pb2.DeltaDiscoveryResponse.FromString,
         )
-        self.call = call(metadata=headers)
+        self.call: Any = call(None, metadata=headers)
         self.addresses: dict[str, Any] = {}
         self.versions: dict[str, str] = {}
         self.pushes: list[Any] = []
@@ -268,7 +269,7 @@ class Follower:
     async def take(self, *, answer: bool = True, error: str = "") -> Any:
         """Reads one response and acknowledges it, or refuses with an error."""
         response = await self.call.read()
-        assert response is not grpc.aio.EOF, "the stream ended"
+        assert response is not grpc.aio.EOF, "the stream ended"  # type: ignore[attr-defined]
         self.pushes.append(response)
         for name in response.removed_resources:
             self.addresses.pop(name, None)
