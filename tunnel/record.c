@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Theory of operation. A small protobuf reader over a bounded span: it never reads past the end, recurses only into the
- * messages we know (depth is fixed by the code), and refuses groups, field number 0, overlong varints and a known field
- * of the wrong wire type. A message is decoded in two steps: first into spans that point into the body, then, once all
- * of it was found good, into one block. Unknown fields are skipped after their framing was checked; unknown enum values
- * are refused (but Service.visibility, as ztunnel does), for a value that we do not know might ask for more protection
- * than we give. Field numbers: reference ztunnel.md 3.4 and 3.5. Nothing blocks.
+ * Theory of operation. istio.workload.Address to records. A message is decoded in two steps: first into spans that
+ * point into the body, then, once all of it was found good, into one block. Recursion is as deep as the messages we
+ * know. Unknown fields are skipped after their framing was checked; unknown enum values are refused (but
+ * Service.visibility, as ztunnel does), for a value that we do not know might ask for more protection than we give.
+ * Field numbers: reference ztunnel.md 3.4. Nothing blocks.
+ *
+ * Longer than a file should be: one table of fields per message, and both messages share most of the parts.
  */
 #include "record.h"
 #include "table.h"
@@ -14,169 +15,6 @@
 
 #define NO_LIMIT UINT32_MAX
 #define WORKLOAD_SERVICES_MAX 1024 /* they are compared pairwise */
-
-/* ---- wire format ---- */
-
-enum wire { WIRE_VARINT = 0, WIRE_I64 = 1, WIRE_LEN = 2, WIRE_I32 = 5 };
-
-struct field {
-        uint32_t number;
-        enum wire wire;
-        uint64_t value;     /* WIRE_VARINT */
-        struct bytes bytes; /* WIRE_LEN */
-};
-
-static const char *const TRUNCATED = "malformed protobuf";
-static const char *const WRONG_TYPE = "field of a wrong type";
-static const char *const BAD_TEXT = "text that is not UTF-8 or holds control characters";
-static const char *const BAD_ENUM = "unknown enum value";
-static const char *const BAD_ADDRESS = "address is neither 4 nor 16 bytes";
-static const char *const BAD_PORT = "port out of range";
-
-static int varint(struct bytes *b, uint64_t *out)
-{
-        uint64_t v = 0;
-        for (unsigned i = 0; i < 10 && i < b->len; i++) {
-                if (i == 9 && b->p[i] > 1)
-                        return -1;
-                v |= (uint64_t)(b->p[i] & 0x7f) << (7 * i);
-                if (!(b->p[i] & 0x80)) {
-                        b->p += i + 1;
-                        b->len -= i + 1;
-                        *out = v;
-                        return 0;
-                }
-        }
-        return -1;
-}
-
-static int skip(struct bytes *b, uint64_t n)
-{
-        if (n > b->len)
-                return -1;
-        b->p += n;
-        b->len -= n;
-        return 0;
-}
-
-/* 1: a field, 0: the end, -1: malformed. */
-static int next_field(struct bytes *b, struct field *f)
-{
-        uint64_t key;
-        if (!b->len)
-                return 0;
-        if (varint(b, &key) || key >> 3 == 0 || key >> 3 > 0x1fffffff)
-                return -1;
-        *f = (struct field){.number = (uint32_t)(key >> 3), .wire = key & 7};
-        switch (f->wire) {
-        case WIRE_VARINT:
-                return varint(b, &f->value) ? -1 : 1;
-        case WIRE_I64:
-                return skip(b, 8) ? -1 : 1;
-        case WIRE_I32:
-                return skip(b, 4) ? -1 : 1;
-        case WIRE_LEN: {
-                uint64_t n;
-                if (varint(b, &n))
-                        return -1;
-                f->bytes.p = b->p;
-                if (skip(b, n))
-                        return -1;
-                f->bytes.len = (size_t)n;
-                return 1;
-        }
-        }
-        return -1;
-}
-
-bool record_text(const uint8_t *p, size_t len)
-{
-        for (size_t i = 0; i < len;) {
-                uint8_t c = p[i];
-                unsigned more;
-                uint32_t v;
-                if (c < 0x80) {
-                        if (c < 0x20 || c == 0x7f)
-                                return false;
-                        i++;
-                        continue;
-                }
-                if (c >= 0xc2 && c <= 0xdf) {
-                        more = 1;
-                        v = c & 0x1f;
-                } else if (c >= 0xe0 && c <= 0xef) {
-                        more = 2;
-                        v = c & 0x0f;
-                } else if (c >= 0xf0 && c <= 0xf4) {
-                        more = 3;
-                        v = c & 0x07;
-                } else {
-                        return false;
-                }
-                if (len - i <= more)
-                        return false;
-                for (unsigned k = 1; k <= more; k++) {
-                        if ((p[i + k] & 0xc0) != 0x80)
-                                return false;
-                        v = v << 6 | (p[i + k] & 0x3f);
-                }
-                if ((more == 2 && v < 0x800) || (more == 3 && v < 0x10000) || v > 0x10ffff ||
-                    (v >= 0xd800 && v <= 0xdfff))
-                        return false;
-                i += more + 1;
-        }
-        return true;
-}
-
-static const char *text(const struct field *f, struct bytes *out)
-{
-        if (f->wire != WIRE_LEN)
-                return WRONG_TYPE;
-        if (!record_text(f->bytes.p, f->bytes.len))
-                return BAD_TEXT;
-        *out = f->bytes;
-        return NULL;
-}
-
-/* enums and bools: a value up to max */
-static const char *number(const struct field *f, uint32_t max, uint32_t *out, const char *reason)
-{
-        if (f->wire != WIRE_VARINT)
-                return WRONG_TYPE;
-        if (f->value > max)
-                return reason;
-        *out = (uint32_t)f->value;
-        return NULL;
-}
-
-static const char *boolean(const struct field *f, bool *out)
-{
-        if (f->wire != WIRE_VARINT)
-                return WRONG_TYPE;
-        *out = f->value != 0;
-        return NULL;
-}
-
-static const char *framing(const struct field *f)
-{
-        struct bytes b = f->bytes;
-        struct field x;
-        int r;
-        if (f->wire != WIRE_LEN)
-                return WRONG_TYPE;
-        while ((r = next_field(&b, &x)) > 0)
-                ;
-        return r ? TRUNCATED : NULL;
-}
-
-/* Opens a message field. Returns a reason, or NULL and the body to iterate. */
-static const char *message(const struct field *f, struct bytes *body)
-{
-        if (f->wire != WIRE_LEN)
-                return WRONG_TYPE;
-        *body = f->bytes;
-        return NULL;
-}
 
 /* ---- scratch ---- */
 
@@ -230,18 +68,18 @@ static const char *port(struct decoder *d, const struct field *in)
         struct bytes b;
         struct field f;
         uint32_t service = 0, target = 0;
-        const char *bad = message(in, &b);
+        const char *bad = proto_message(in, &b);
         int r = 0;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 if (f.number == 1)
-                        bad = number(&f, 65535, &service, BAD_PORT);
+                        bad = proto_number(&f, 65535, &service, PROTO_BAD_PORT);
                 else if (f.number == 2)
-                        bad = number(&f, 65535, &target, BAD_PORT);
+                        bad = proto_number(&f, 65535, &target, PROTO_BAD_PORT);
         }
         if (bad || r < 0)
-                return bad ? bad : TRUNCATED;
+                return bad ? bad : PROTO_TRUNCATED;
         if (!service)
-                return BAD_PORT;
+                return PROTO_BAD_PORT;
         *(struct port_pair *)push(&d->ports, sizeof(struct port_pair)) =
                 (struct port_pair){(uint16_t)service, (uint16_t)target};
         return NULL;
@@ -251,22 +89,22 @@ static const char *network_address(const struct field *in, struct vip_span *v)
 {
         struct bytes b, raw = {0};
         struct field f;
-        const char *bad = message(in, &b);
+        const char *bad = proto_message(in, &b);
         uint32_t length = NO_LIMIT;
         int r = 0;
         *v = (struct vip_span){.prefix = 128};
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 if (f.number == 1)
-                        bad = text(&f, &v->network);
+                        bad = proto_text(&f, &v->network);
                 else if (f.number == 2)
-                        bad = message(&f, &raw);
+                        bad = proto_message(&f, &raw);
                 else if (f.number == 3)
-                        bad = number(&f, 128, &length, "prefix length out of range");
+                        bad = proto_number(&f, 128, &length, "prefix length out of range");
         }
         if (bad || r < 0)
-                return bad ? bad : TRUNCATED;
+                return bad ? bad : PROTO_TRUNCATED;
         if (addr_from_bytes(&v->addr, raw.p, raw.len))
-                return BAD_ADDRESS;
+                return PROTO_BAD_ADDRESS;
         if (length == NO_LIMIT)
                 return NULL;
         if (raw.len == 4 && length > 32)
@@ -281,26 +119,26 @@ static const char *gateway(const struct field *in)
         struct bytes b, name;
         struct field f, x;
         struct vip_span v;
-        const char *bad = message(in, &b);
+        const char *bad = proto_message(in, &b);
         bool named = false;
         uint32_t port_;
         int r = 0, q;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 if (f.number == 1) {
                         struct bytes inner;
-                        bad = message(&f, &inner);
-                        while (!bad && (q = next_field(&inner, &x)) != 0)
-                                bad = q < 0 ? TRUNCATED : x.number <= 2 ? text(&x, &name) : NULL;
+                        bad = proto_message(&f, &inner);
+                        while (!bad && (q = proto_next(&inner, &x)) != 0)
+                                bad = q < 0 ? PROTO_TRUNCATED : x.number <= 2 ? proto_text(&x, &name) : NULL;
                         named = true;
                 } else if (f.number == 2) {
                         bad = network_address(&f, &v);
                         named = true;
                 } else if (f.number == 3) {
-                        bad = number(&f, 65535, &port_, BAD_PORT);
+                        bad = proto_number(&f, 65535, &port_, PROTO_BAD_PORT);
                 }
         }
         if (bad || r < 0)
-                return bad ? bad : TRUNCATED;
+                return bad ? bad : PROTO_TRUNCATED;
         return named ? NULL : "waypoint or gateway without a destination";
 }
 
@@ -309,16 +147,16 @@ static const char *packed_scope(const struct field *f, uint8_t scopes[LB_SCOPES_
         struct bytes b = f->bytes;
         uint64_t v = f->value;
         if (f->wire != WIRE_VARINT && f->wire != WIRE_LEN)
-                return WRONG_TYPE;
+                return PROTO_WRONG_TYPE;
         do {
                 if (f->wire == WIRE_LEN) {
                         if (!b.len)
                                 return NULL;
-                        if (varint(&b, &v))
-                                return TRUNCATED;
+                        if (proto_varint(&b, &v))
+                                return PROTO_TRUNCATED;
                 }
                 if (v < SCOPE_REGION || v > SCOPE_NETWORK)
-                        return BAD_ENUM;
+                        return PROTO_BAD_ENUM;
                 if (*n == LB_SCOPES_MAX)
                         return "too many routing preferences";
                 scopes[(*n)++] = (uint8_t)v;
@@ -358,19 +196,19 @@ static const char *workload_services(struct decoder *d, const struct field *in)
         struct bytes b, list;
         struct field f, x;
         struct membership_span m = {.first = d->ports.count};
-        const char *bad = message(in, &b);
+        const char *bad = proto_message(in, &b);
         int r = 0, q;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 if (f.number == 1) {
-                        bad = text(&f, &m.key);
+                        bad = proto_text(&f, &m.key);
                 } else if (f.number == 2) {
-                        bad = message(&f, &list);
-                        while (!bad && (q = next_field(&list, &x)) != 0)
-                                bad = q < 0 ? TRUNCATED : x.number == 1 ? port(d, &x) : NULL;
+                        bad = proto_message(&f, &list);
+                        while (!bad && (q = proto_next(&list, &x)) != 0)
+                                bad = q < 0 ? PROTO_TRUNCATED : x.number == 1 ? port(d, &x) : NULL;
                 }
         }
         if (bad || r < 0)
-                return bad ? bad : TRUNCATED;
+                return bad ? bad : PROTO_TRUNCATED;
         if (!m.key.len)
                 return "service without a name";
         if (d->memberships.count == WORKLOAD_SERVICES_MAX)
@@ -392,24 +230,24 @@ static const char *workload_nested(struct workload_span *w, const struct field *
 {
         struct bytes b;
         struct field f;
-        const char *bad = message(in, &b);
+        const char *bad = proto_message(in, &b);
         uint32_t x;
         int r = 0;
         if (in->number == 27)
                 w->capacity = 0; /* google.protobuf.UInt32Value: present and empty is 0 */
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 if (in->number == 27 && f.number == 1)
-                        bad = number(&f, UINT32_MAX, &w->capacity, "capacity out of range");
+                        bad = proto_number(&f, UINT32_MAX, &w->capacity, "capacity out of range");
                 else if (in->number == 24 && f.number >= 1 && f.number <= 3)
-                        bad = text(&f, &w->text[W_REGION + f.number - 1]);
+                        bad = proto_text(&f, &w->text[W_REGION + f.number - 1]);
                 else if (in->number == 23 && f.number == 1)
-                        bad = number(&f, 1, &x, BAD_ENUM);
+                        bad = proto_number(&f, 1, &x, PROTO_BAD_ENUM);
                 else if (in->number == 23 && f.number == 2)
-                        bad = number(&f, 65535, &x, BAD_PORT);
+                        bad = proto_number(&f, 65535, &x, PROTO_BAD_PORT);
         }
         if (in->number == 23)
                 w->app_tunnel = true;
-        return bad ? bad : r < 0 ? TRUNCATED : NULL;
+        return bad ? bad : r < 0 ? PROTO_TRUNCATED : NULL;
 }
 
 static const char *workload_span(struct decoder *d, struct bytes b, struct workload_span *w)
@@ -424,24 +262,24 @@ static const char *workload_span(struct decoder *d, struct bytes b, struct workl
         bool unused;
         int r = 0;
         *w = (struct workload_span){.capacity = 1};
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 if (f.number < 28 && texts[f.number]) {
-                        bad = text(&f, &w->text[texts[f.number] - 1]);
+                        bad = proto_text(&f, &w->text[texts[f.number] - 1]);
                         continue;
                 }
                 switch (f.number) {
                 case 3: {
                         struct addr a;
                         if (f.wire != WIRE_LEN)
-                                bad = WRONG_TYPE;
+                                bad = PROTO_WRONG_TYPE;
                         else if (addr_from_bytes(&a, f.bytes.p, f.bytes.len))
-                                bad = BAD_ADDRESS;
+                                bad = PROTO_BAD_ADDRESS;
                         else
                                 *(struct addr *)push(&d->addrs, sizeof(a)) = a;
                         break;
                 }
                 case 5:
-                        bad = number(&f, 2, &w->protocol, BAD_ENUM);
+                        bad = proto_number(&f, 2, &w->protocol, PROTO_BAD_ENUM);
                         if (!bad && w->protocol == 2)
                                 bad = "the legacy tunnel protocol is not supported";
                         break;
@@ -450,20 +288,20 @@ static const char *workload_span(struct decoder *d, struct bytes b, struct workl
                         bad = gateway(&f);
                         break;
                 case 12:
-                        bad = number(&f, 3, &w->type, BAD_ENUM);
+                        bad = proto_number(&f, 3, &w->type, PROTO_BAD_ENUM);
                         break;
                 case 14:
-                        bad = boolean(&f, &unused);
+                        bad = proto_boolean(&f, &unused);
                         break;
                 case 16: {
                         struct bytes name;
-                        bad = text(&f, &name);
+                        bad = proto_text(&f, &name);
                         if (!bad)
                                 *(struct bytes *)push(&d->policies, sizeof(name)) = name;
                         break;
                 }
                 case 17:
-                        bad = number(&f, 1, &w->status, BAD_ENUM);
+                        bad = proto_number(&f, 1, &w->status, PROTO_BAD_ENUM);
                         break;
                 case 19:
                         bad = gateway(&f);
@@ -477,14 +315,14 @@ static const char *workload_span(struct decoder *d, struct bytes b, struct workl
                         bad = workload_nested(w, &f);
                         break;
                 case 25:
-                        bad = number(&f, 1, &w->network_mode, BAD_ENUM);
+                        bad = proto_number(&f, 1, &w->network_mode, PROTO_BAD_ENUM);
                         break;
                 case 26:
-                        bad = framing(&f);
+                        bad = proto_framing(&f);
                         break;
                 }
         }
-        return bad ? bad : r < 0 ? TRUNCATED : NULL;
+        return bad ? bad : r < 0 ? PROTO_TRUNCATED : NULL;
 }
 
 /* Hands out pieces of one block; a first pass with base NULL only counts. */
@@ -633,17 +471,17 @@ static const char *load_balancing(struct service_span *s, const struct field *in
 {
         struct bytes b;
         struct field f;
-        const char *bad = message(in, &b);
+        const char *bad = proto_message(in, &b);
         int r = 0;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 if (f.number == 1)
                         bad = packed_scope(&f, s->scopes, &s->nscopes);
                 else if (f.number == 2)
-                        bad = number(&f, LB_PASSTHROUGH, &s->mode, BAD_ENUM);
+                        bad = proto_number(&f, LB_PASSTHROUGH, &s->mode, PROTO_BAD_ENUM);
                 else if (f.number == 3)
-                        bad = number(&f, 1, &s->health, BAD_ENUM);
+                        bad = proto_number(&f, 1, &s->health, PROTO_BAD_ENUM);
         }
-        return bad ? bad : r < 0 ? TRUNCATED : NULL;
+        return bad ? bad : r < 0 ? PROTO_TRUNCATED : NULL;
 }
 
 static const char *weighted_waypoint(const struct field *in)
@@ -651,15 +489,15 @@ static const char *weighted_waypoint(const struct field *in)
         struct bytes b;
         struct field f;
         uint32_t weight;
-        const char *bad = message(in, &b);
+        const char *bad = proto_message(in, &b);
         int r = 0;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 if (f.number == 1)
                         bad = gateway(&f);
                 else if (f.number == 2)
-                        bad = number(&f, UINT32_MAX, &weight, "weight out of range");
+                        bad = proto_number(&f, UINT32_MAX, &weight, "weight out of range");
         }
-        return bad ? bad : r < 0 ? TRUNCATED : NULL;
+        return bad ? bad : r < 0 ? PROTO_TRUNCATED : NULL;
 }
 
 static const char *service_span(struct decoder *d, struct bytes b, struct service_span *s)
@@ -670,16 +508,16 @@ static const char *service_span(struct decoder *d, struct bytes b, struct servic
         bool unused;
         int r = 0;
         *s = (struct service_span){0};
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 switch (f.number) {
                 case 1:
-                        bad = text(&f, &s->name);
+                        bad = proto_text(&f, &s->name);
                         break;
                 case 2:
-                        bad = text(&f, &s->namespace_);
+                        bad = proto_text(&f, &s->namespace_);
                         break;
                 case 3:
-                        bad = text(&f, &s->hostname);
+                        bad = proto_text(&f, &s->hostname);
                         break;
                 case 4:
                         bad = network_address(&f, &v);
@@ -691,7 +529,7 @@ static const char *service_span(struct decoder *d, struct bytes b, struct servic
                         break;
                 case 6: {
                         struct bytes san;
-                        bad = text(&f, &san);
+                        bad = proto_text(&f, &san);
                         /* What is no SPIFFE URI can never match a peer. */
                         if (!bad && san.len > 9 && memcmp(san.p, "spiffe://", 9) == 0)
                                 *(struct bytes *)push(&d->sans, sizeof(san)) = san;
@@ -705,16 +543,16 @@ static const char *service_span(struct decoder *d, struct bytes b, struct servic
                         bad = load_balancing(s, &f);
                         break;
                 case 9:
-                        bad = number(&f, FAMILIES_BOTH, &s->families, BAD_ENUM);
+                        bad = proto_number(&f, FAMILIES_BOTH, &s->families, PROTO_BAD_ENUM);
                         break;
                 case 10:
-                        bad = framing(&f);
+                        bad = proto_framing(&f);
                         break;
                 case 11:
-                        bad = boolean(&f, &s->canonical);
+                        bad = proto_boolean(&f, &s->canonical);
                         break;
                 case 12:
-                        bad = boolean(&f, &unused);
+                        bad = proto_boolean(&f, &unused);
                         break;
                 case 13:
                         s->waypoint = true;
@@ -722,14 +560,14 @@ static const char *service_span(struct decoder *d, struct bytes b, struct servic
                         break;
                 case 14: /* unknown values are PUBLIC */
                         if (f.wire != WIRE_VARINT)
-                                bad = WRONG_TYPE;
+                                bad = PROTO_WRONG_TYPE;
                         else
                                 s->namespace_only = f.value == 1;
                         break;
                 }
         }
         if (bad || r < 0)
-                return bad ? bad : TRUNCATED;
+                return bad ? bad : PROTO_TRUNCATED;
         return d->sans.count > ROUTE_SANS - 1 ? "too many subject alternative names" : NULL;
 }
 
@@ -797,14 +635,14 @@ static const char *decode_service(struct decoder *d, struct interns *in, struct 
         return NULL;
 }
 
-static const char *check_name(struct bytes name)
+const char *record_check_name(struct bytes name)
 {
-        if (!record_text(name.p, name.len))
-                return BAD_TEXT;
+        if (!proto_clean(name.p, name.len))
+                return PROTO_BAD_TEXT;
         return memchr(name.p, ' ', name.len) ? "a name with a space" : NULL;
 }
 
-static void fill(struct interns *in, struct record *r, struct bytes body)
+void record_fill(struct interns *in, struct record *r, struct bytes body)
 {
         r->body_len = (uint32_t)body.len;
         r->body_hash = hash_bytes(body.p, body.len, in->seed);
@@ -817,22 +655,22 @@ const char *record_address(struct decoder *d, struct interns *in, struct bytes n
         struct bytes b = body, inner = {0};
         struct field f;
         uint32_t kind = 0;
-        const char *bad = check_name(name);
+        const char *bad = record_check_name(name);
         int r = 0;
         for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++)
                 all[i]->count = 0;
-        if (!bad && !record_text(version.p, version.len))
-                bad = BAD_TEXT;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
+        if (!bad && !proto_clean(version.p, version.len))
+                bad = PROTO_BAD_TEXT;
+        while (!bad && (r = proto_next(&b, &f)) > 0) {
                 if (f.number != 1 && f.number != 2)
                         continue;
                 if (kind)
                         return "more than one workload or service";
                 kind = f.number;
-                bad = message(&f, &inner);
+                bad = proto_message(&f, &inner);
         }
         if (bad || r < 0)
-                return bad ? bad : TRUNCATED;
+                return bad ? bad : PROTO_TRUNCATED;
         if (!kind)
                 return "neither a workload nor a service";
         *workload = NULL;
@@ -842,149 +680,8 @@ const char *record_address(struct decoder *d, struct interns *in, struct bytes n
         else
                 bad = decode_service(d, in, name, version, inner, service);
         if (!bad)
-                fill(in, kind == 1 ? &(*workload)->r : &(*service)->r, body);
+                record_fill(in, kind == 1 ? &(*workload)->r : &(*service)->r, body);
         return bad;
-}
-
-/* ---- Authorization ---- */
-
-static const char *string_match(const struct field *in)
-{
-        struct bytes b, s;
-        struct field f;
-        const char *bad = message(in, &b);
-        bool some = false;
-        int r = 0;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
-                if (f.number >= 1 && f.number <= 3)
-                        bad = text(&f, &s);
-                else if (f.number == 4)
-                        bad = framing(&f);
-                some |= f.number >= 1 && f.number <= 4;
-        }
-        /* Dropping such a match would widen the policy: an empty list constrains nothing. */
-        return bad ? bad : r < 0 ? TRUNCATED : some ? NULL : "a match without a value";
-}
-
-static const char *cidr(const struct field *in)
-{
-        struct bytes b, raw = {0};
-        struct field f;
-        struct addr a;
-        uint32_t length = 0;
-        const char *bad = message(in, &b);
-        int r = 0;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
-                if (f.number == 1)
-                        bad = message(&f, &raw);
-                else if (f.number == 2)
-                        bad = number(&f, 128, &length, "prefix length out of range");
-        }
-        if (bad || r < 0)
-                return bad ? bad : TRUNCATED;
-        if (addr_from_bytes(&a, raw.p, raw.len))
-                return BAD_ADDRESS;
-        return raw.len == 4 && length > 32 ? "prefix length out of range" : NULL;
-}
-
-static const char *match_ports(const struct field *in)
-{
-        struct bytes b = in->bytes;
-        uint64_t v = in->value;
-        if (in->wire == WIRE_VARINT)
-                return v > 65535 ? BAD_PORT : NULL;
-        if (in->wire != WIRE_LEN)
-                return WRONG_TYPE;
-        while (b.len) {
-                if (varint(&b, &v))
-                        return TRUNCATED;
-                if (v > 65535)
-                        return BAD_PORT;
-        }
-        return NULL;
-}
-
-/* depth 0: Rule (clauses = 1), 1: Clause (matches = 2), 2: Match */
-static const char *rule(const struct field *in, unsigned depth)
-{
-        struct bytes b;
-        struct field f;
-        const char *bad = message(in, &b);
-        int r = 0;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
-                if (depth < 2)
-                        bad = f.number == depth + 1 ? rule(&f, depth + 1) : NULL;
-                else if (f.number >= 1 && f.number <= 4)
-                        bad = string_match(&f);
-                else if (f.number >= 5 && f.number <= 8)
-                        bad = cidr(&f);
-                else if (f.number == 9 || f.number == 10)
-                        bad = match_ports(&f);
-                else if (f.number >= 11 && f.number <= 13)
-                        bad = framing(&f);
-        }
-        return bad ? bad : r < 0 ? TRUNCATED : NULL;
-}
-
-const char *record_policy(struct interns *in, struct bytes name, struct bytes version, struct bytes body,
-                          struct policy_record **policy)
-{
-        struct bytes b = body, pname = {0}, namespace_ = {0};
-        struct field f;
-        uint32_t scope = 0, action = 0;
-        bool dry_run = false;
-        const char *bad = check_name(name);
-        int r = 0;
-        if (!bad && !record_text(version.p, version.len))
-                bad = BAD_TEXT;
-        while (!bad && (r = next_field(&b, &f)) > 0) {
-                switch (f.number) {
-                case 1:
-                        bad = text(&f, &pname);
-                        break;
-                case 2:
-                        bad = text(&f, &namespace_);
-                        break;
-                case 3:
-                        bad = number(&f, 2, &scope, BAD_ENUM);
-                        break;
-                case 4:
-                        bad = number(&f, 1, &action, BAD_ENUM);
-                        break;
-                case 5:
-                        bad = rule(&f, 0);
-                        break;
-                case 6:
-                        bad = boolean(&f, &dry_run);
-                        break;
-                case 7:
-                        bad = framing(&f);
-                        break;
-                }
-        }
-        if (bad || r < 0)
-                return bad ? bad : TRUNCATED;
-        if (scope != POLICY_GLOBAL && !namespace_.len)
-                return "a policy without a namespace";
-        struct pack p = {0};
-        struct policy_record *x = NULL;
-        for (int pass = 0; pass < 2; pass++) {
-                if (pass)
-                        p = (struct pack){.base = must_alloc(p.used)};
-                x = pack(&p, sizeof(*x), _Alignof(struct policy_record));
-                const char *nm = pack_text(&p, name), *ver = pack_text(&p, version);
-                if (pass) {
-                        x->r.name = nm;
-                        x->r.version = ver;
-                }
-        }
-        x->namespace_ = scope == POLICY_GLOBAL ? intern(in, "", 0) : intern(in, namespace_.p, namespace_.len);
-        x->scope = scope;
-        x->deny = action == 1;
-        x->dry_run = dry_run;
-        fill(in, &x->r, body);
-        *policy = x;
-        return NULL;
 }
 
 /* ---- the end ---- */

@@ -10,6 +10,7 @@
 
 #include "intern.h"
 #include "mesh.h"
+#include "proto.h"
 
 /* What all records have; only the writer looks at it. */
 struct record {
@@ -76,11 +77,6 @@ struct decoder;
 struct decoder *decoder_new(void);
 void decoder_free(struct decoder *d);
 
-struct bytes {
-        const uint8_t *p;
-        size_t len;
-};
-
 /* Each returns NULL and stores the record(s), or a static reason and stores nothing. Of an address exactly one of the
  * two is set. The name must be the one that the body says. */
 const char *record_address(struct decoder *d, struct interns *in, struct bytes name, struct bytes version,
@@ -92,7 +88,8 @@ void record_free_workload(struct interns *in, struct workload_record *w);
 void record_free_service(struct interns *in, struct service_record *s);
 void record_free_policy(struct interns *in, struct policy_record *p);
 
-/* UTF-8 without control characters. */
-bool record_text(const uint8_t *p, size_t len);
+/* Of both kinds: names are lines of the list of versions. */
+const char *record_check_name(struct bytes name);
+void record_fill(struct interns *in, struct record *r, struct bytes body);
 
 #endif
