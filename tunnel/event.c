@@ -1,32 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Theory of operation. Two independent things, both made so that a worker never waits.
- *
- * Counters. Each worker has an open-addressed table of label sets that only it changes; it puts a new set in with one
- * release store, and the scrape, on the control thread, walks the table and reads counters with relaxed loads. Taking a
- * set out would pull it from under the scrape, so a scrape holds the table's mutex, and the worker takes sets out (at
- * most once a minute) only if it gets that mutex by trylock: otherwise the next minute will do. The scrape adds up
- * equal sets of several workers: one series each. Bounds: EVENT_MAX_SETS a worker and one overflow set per reporter,
- * REASONS_MAX reasons.
- *
- * Log. Each worker has a ring of 64 KiB with one writer and one reader; the control thread and whoever else has one
- * with a mutex. A line that finds no room is counted and gone. The log thread empties the rings in turn, whole lines,
- * at most 4096 bytes (PIPE_BUF) a write after poll() said that there is room, so that it can be told to stop while the
- * reader of a pipe stalls. It sleeps on an eventfd, and producers write to that only when it said that it sleeps.
- * Control characters in a line become '?': a peer cannot forge a second line.
+ * Theory of operation. Counters that a worker never waits for (the log is in log.c). Each worker has an open-addressed
+ * table of label sets that only it changes; it puts a new set in with one release store, and the scrape, on the control
+ * thread, walks the table and reads counters with relaxed loads. Taking a set out would pull it from under the scrape,
+ * so a scrape holds the table's mutex, and the worker takes sets out (at most once a minute) only if it gets that mutex
+ * by trylock: otherwise the next minute will do. The scrape adds up equal sets of several workers: one series each.
+ * Bounds: EVENT_MAX_SETS a worker and one overflow set per reporter, REASONS_MAX reasons.
  */
 #include "event.h"
+#include "log.h"
 #include "table.h"
 #include "intern.h"
 #include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 #define SLOTS (EVENT_MAX_SETS * 2)
@@ -34,10 +22,6 @@
 #define EXPIRE_EVERY_MS (60 * 1000)
 #define REASONS_MAX 32
 #define FLAGS (FLAG_IDENTITY_ERROR + 1)
-#define RING 65536
-#define LINE_MAX_LEN 2048
-#define WRITE_MAX 4096
-#define STOP_MS 1000
 
 /* ---- label sets ---- */
 
@@ -138,16 +122,8 @@ struct reason {
         _Atomic uint64_t count;
 };
 
-struct ring {
-        _Alignas(64) _Atomic uint64_t head; /* written up to here, by the producer */
-        _Alignas(64) _Atomic uint64_t tail; /* read up to here, by the log thread */
-        _Alignas(64) _Atomic uint64_t dropped;
-        char bytes[RING];
-};
-
 struct event_worker {
-        struct event *event;
-        struct ring ring;
+        unsigned number;
         pthread_mutex_t scrape; /* held by a scrape; the worker only tries */
         uint64_t expired_ms;
         uint32_t nsets;
@@ -161,11 +137,7 @@ struct event_worker {
 struct event {
         unsigned workers;
         struct event_worker **worker;
-        int log_fd, wake_fd;
-        pthread_t thread;
-        _Atomic bool sleeping, stop;
-        pthread_mutex_t control;
-        struct ring ring;
+        struct log *log;
 };
 
 static const char *known(const char *s)
@@ -523,7 +495,6 @@ static void refusals(struct text *t, struct event *e)
 int event_metrics(struct event *e, int fd)
 {
         struct text t = {0};
-        uint64_t dropped = e->ring.dropped;
         int64_t sum[2] = {0};
         int r = 0;
         traffic(&t, e);
@@ -531,7 +502,6 @@ int event_metrics(struct event *e, int fd)
         for (unsigned i = 0; i < e->workers; i++) {
                 sum[0] += e->worker[i]->sockets[0];
                 sum[1] += e->worker[i]->sockets[1];
-                dropped += e->worker[i]->ring.dropped;
         }
         family(&t, "istio_tcp_sockets_open", "gauge", "Sockets and tunnels that are open (unstable).");
         number(&t, "istio_tcp_sockets_open{reporter=\"source\"}", sum[EVENT_SOURCE]);
@@ -545,7 +515,7 @@ int event_metrics(struct event *e, int fd)
         }
         family(&t, "sidestep_log_lines_dropped_total", "counter",
                "Log lines that found no room: the reader is too slow.");
-        number(&t, "sidestep_log_lines_dropped_total", (int64_t)dropped);
+        number(&t, "sidestep_log_lines_dropped_total", (int64_t)log_dropped(e->log));
         for (size_t at = 0; at < t.len && !r;) {
                 ssize_t n = write(fd, t.p + at, t.len - at);
                 if (n > 0)
@@ -557,183 +527,25 @@ int event_metrics(struct event *e, int fd)
         return r;
 }
 
-/* ---- the log ---- */
-
-static bool ring_put(struct ring *r, const char *line, size_t len)
-{
-        uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
-        uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
-        size_t at = head % RING, first = RING - at < len ? RING - at : len;
-        if (RING - (head - tail) < len) {
-                atomic_fetch_add_explicit(&r->dropped, 1, memory_order_relaxed);
-                return false;
-        }
-        memcpy(r->bytes + at, line, first);
-        memcpy(r->bytes, line + first, len - first);
-        atomic_store(&r->head, head + len); /* ordered before the look at "sleeping" */
-        return true;
-}
-
-/* Whole lines, at most size bytes. */
-static size_t ring_peek(struct ring *r, char *out, size_t size)
-{
-        uint64_t head = atomic_load(&r->head), tail = atomic_load_explicit(&r->tail, memory_order_relaxed);
-        size_t len = head - tail < size ? head - tail : size, at = tail % RING,
-               first = RING - at < len ? RING - at : len;
-        memcpy(out, r->bytes + at, first);
-        memcpy(out + first, r->bytes, len - first);
-        while (len && out[len - 1] != '\n')
-                len--;
-        return len;
-}
-
-static size_t line_start(char *out, const char *level)
-{
-        struct timespec now;
-        struct tm tm;
-        clock_gettime(CLOCK_REALTIME, &now);
-        gmtime_r(&now.tv_sec, &tm);
-        size_t n = strftime(out, LINE_MAX_LEN, "%Y-%m-%dT%H:%M:%S", &tm);
-        return n + (size_t)snprintf(out + n, LINE_MAX_LEN - n, ".%06ldZ\t%s\t", now.tv_nsec / 1000, level);
-}
+/* ---- log, life ---- */
 
 void event_log(struct event *e, struct event_worker *w, const char *level, const char *fmt, ...)
 {
-        char line[LINE_MAX_LEN];
         va_list ap;
-        bool kept;
-        if (e->log_fd < 0)
-                return;
-        size_t start = line_start(line, level), len = start;
         va_start(ap, fmt);
-        int n = vsnprintf(line + len, sizeof(line) - 1 - len, fmt, ap);
+        log_line(e->log, w ? w->number : e->workers, level, fmt, ap);
         va_end(ap);
-        if (n > 0)
-                len += (size_t)n < sizeof(line) - 2 - len ? (size_t)n : sizeof(line) - 2 - len;
-        for (size_t i = start; i < len; i++)
-                if ((unsigned char)line[i] < 0x20 ? line[i] != '\t' : line[i] == 0x7f)
-                        line[i] = '?';
-        line[len++] = '\n';
-        if (w) {
-                kept = ring_put(&w->ring, line, len);
-        } else {
-                pthread_mutex_lock(&e->control); /* nobody holds it for longer than a copy */
-                kept = ring_put(&e->ring, line, len);
-                pthread_mutex_unlock(&e->control);
-        }
-        if (kept && atomic_load(&e->sleeping))
-                eventfd_write(e->wake_fd, 1);
 }
-
-/* Waits until the log takes bytes. False: told to stop and the time for that is over. */
-static bool log_ready(struct event *e, uint64_t *stop_at)
-{
-        struct pollfd fds[2] = {{.fd = e->log_fd, .events = POLLOUT}, {.fd = e->wake_fd, .events = POLLIN}};
-        for (;;) {
-                struct timespec now;
-                clock_gettime(CLOCK_MONOTONIC, &now);
-                uint64_t ms = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
-                bool stop = atomic_load(&e->stop);
-                if (stop && !*stop_at)
-                        *stop_at = ms + STOP_MS;
-                if (stop && ms >= *stop_at)
-                        return false;
-                int n = poll(fds, stop ? 1 : 2, stop ? (int)(*stop_at - ms) : -1);
-                if (n > 0 && fds[0].revents)
-                        return true;
-                if (n > 0 && !stop) {
-                        eventfd_t unused;
-                        eventfd_read(e->wake_fd, &unused);
-                }
-        }
-}
-
-static bool log_write(struct event *e, const char *p, size_t len, uint64_t *stop_at)
-{
-        while (len) {
-                if (!log_ready(e, stop_at))
-                        return false;
-                ssize_t n = write(e->log_fd, p, len);
-                if (n < 0 && errno != EAGAIN && errno != EINTR)
-                        return false; /* nobody reads any more */
-                if (n > 0) {
-                        p += n;
-                        len -= (size_t)n;
-                }
-        }
-        return true;
-}
-
-static bool drain(struct event *e, struct ring *r, uint64_t *stop_at)
-{
-        char buf[WRITE_MAX];
-        size_t len;
-        bool any = false;
-        while ((len = ring_peek(r, buf, sizeof(buf))) != 0) {
-                any = true;
-                if (!log_write(e, buf, len, stop_at))
-                        for (size_t i = 0; i < len; i++)
-                                r->dropped += buf[i] == '\n';
-                atomic_fetch_add_explicit(&r->tail, len, memory_order_release);
-        }
-        return any;
-}
-
-static bool drain_all(struct event *e, uint64_t *told, uint64_t *stop_at)
-{
-        uint64_t dropped = e->ring.dropped;
-        bool any = drain(e, &e->ring, stop_at);
-        for (unsigned i = 0; i < e->workers; i++) {
-                any |= drain(e, &e->worker[i]->ring, stop_at);
-                dropped += e->worker[i]->ring.dropped;
-        }
-        if (dropped != *told && !atomic_load(&e->stop)) {
-                char line[LINE_MAX_LEN];
-                size_t n = line_start(line, "warn");
-                n += (size_t)snprintf(line + n, sizeof(line) - n,
-                                      "log\t%llu lines were dropped, the reader is too slow\n",
-                                      (unsigned long long)(dropped - *told));
-                *told = dropped;
-                log_write(e, line, n, stop_at);
-        }
-        return any;
-}
-
-static void *log_thread(void *arg)
-{
-        struct event *e = arg;
-        uint64_t told = 0, stop_at = 0;
-        struct pollfd wake = {.fd = e->wake_fd, .events = POLLIN};
-        for (;;) {
-                bool stop = atomic_load(&e->stop);
-                if (drain_all(e, &told, &stop_at))
-                        continue;
-                if (stop)
-                        return NULL;
-                atomic_store(&e->sleeping, true);
-                if (!drain_all(e, &told, &stop_at)) {
-                        eventfd_t unused;
-                        if (poll(&wake, 1, -1) > 0)
-                                eventfd_read(e->wake_fd, &unused);
-                }
-                atomic_store(&e->sleeping, false);
-        }
-}
-
-/* ---- life ---- */
 
 struct event_worker *event_worker(struct event *e, unsigned i)
 {
         return e->worker[i];
 }
 
-static struct event_worker *worker_new(struct event *e)
+static struct event_worker *worker_new(unsigned number)
 {
-        struct event_worker *w = aligned_alloc(64, (sizeof(*w) + 63) & ~63ul);
-        if (!w)
-                abort();
-        memset(w, 0, sizeof(*w));
-        w->event = e;
+        struct event_worker *w = must_alloc(sizeof(*w));
+        w->number = number;
         w->seed = hash_seed();
         pthread_mutex_init(&w->scrape, NULL);
         for (unsigned r = 0; r < 2; r++) {
@@ -747,24 +559,6 @@ static struct event_worker *worker_new(struct event *e)
         return w;
 }
 
-static int log_start(struct event *e, int log_fd)
-{
-        sigset_t all, old;
-        int r;
-        e->wake_fd = -1;
-        e->log_fd = fcntl(log_fd, F_DUPFD_CLOEXEC, 0);
-        if (e->log_fd < 0)
-                return -errno;
-        e->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-        if (e->wake_fd < 0)
-                return -errno;
-        sigfillset(&all); /* SIGPIPE included: a reader that went away is an error of write() */
-        pthread_sigmask(SIG_SETMASK, &all, &old);
-        r = -pthread_create(&e->thread, NULL, log_thread, e);
-        pthread_sigmask(SIG_SETMASK, &old, NULL);
-        return r;
-}
-
 static void release(struct event *e)
 {
         for (unsigned i = 0; i < e->workers; i++) {
@@ -776,49 +570,31 @@ static void release(struct event *e)
                 pthread_mutex_destroy(&w->scrape);
                 free(w);
         }
-        pthread_mutex_destroy(&e->control);
         free(e->worker);
         free(e);
 }
 
 int event_new(struct event **out, unsigned workers, int log_fd)
 {
-        struct event *e = aligned_alloc(64, (sizeof(*e) + 63) & ~63ul);
-        if (!e)
-                return -ENOMEM;
-        memset(e, 0, sizeof(*e));
-        e->log_fd = -1;
+        struct event *e = must_alloc(sizeof(*e));
+        int r;
         e->workers = workers;
         e->worker = must_alloc(workers * sizeof(*e->worker));
-        pthread_mutex_init(&e->control, NULL);
         for (unsigned i = 0; i < workers; i++)
-                e->worker[i] = worker_new(e);
-        if (log_fd >= 0) {
-                int r = log_start(e, log_fd);
-                if (r) {
-                        if (e->log_fd >= 0)
-                                close(e->log_fd);
-                        if (e->wake_fd >= 0)
-                                close(e->wake_fd);
-                        release(e);
-                        return r;
-                }
+                e->worker[i] = worker_new(i);
+        r = log_new(&e->log, workers, log_fd);
+        if (r) {
+                release(e);
+                return r;
         }
         *out = e;
         return 0;
 }
 
-/* Writes out what is there, for at most STOP_MS. Workers must have ended. */
 void event_free(struct event *e)
 {
         if (!e)
                 return;
-        if (e->log_fd >= 0) {
-                atomic_store(&e->stop, true);
-                eventfd_write(e->wake_fd, 1);
-                pthread_join(e->thread, NULL);
-                close(e->log_fd);
-                close(e->wake_fd);
-        }
+        log_free(e->log);
         release(e);
 }

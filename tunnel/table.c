@@ -12,20 +12,25 @@
 #include <stdlib.h>
 #include <string.h>
 
+static void out_of_memory(void)
+{
+        fputs("engine: out of memory for the state of the mesh\n", stderr);
+        abort();
+}
+
 void *must_grow(void *block, size_t size)
 {
         void *p = realloc(block, size ? size : 1);
-        if (!p) {
-                fputs("engine: out of memory for the state of the mesh\n", stderr);
-                abort();
-        }
+        if (!p)
+                out_of_memory();
         return p;
 }
 
 void *must_alloc(size_t size)
 {
-        void *p = must_grow(NULL, size);
-        memset(p, 0, size);
+        void *p = calloc(1, size ? size : 1);
+        if (!p)
+                out_of_memory();
         return p;
 }
 
