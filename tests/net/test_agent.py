@@ -453,3 +453,51 @@ def test_a_pod_that_ends_leaves_nothing(node: Node) -> None:
             )
 
     run(work())
+
+
+def test_toggles_leave_nothing(node: Node) -> None:
+    """One idle pod in and out again and again: descriptors, pins, rules, routes and programs are what they were."""
+
+    async def work() -> None:
+        web, web_pod = node.pod("web")
+        node.start_engine()
+        async with node.running_agent():
+            await eventually("engine", lambda: node.agent.engine.up)
+
+            async def toggle() -> None:
+                node.cluster.label("shop", "ambient")
+                await node.enrolled(web_pod)
+                node.cluster.label("shop", "")
+                await node.released(web_pod)
+
+            def left() -> dict[str, object]:
+                assert node.engine is not None
+                listed = {
+                    "agent fds": len(os.listdir("/proc/self/fd")),
+                    "engine fds": len(os.listdir(f"/proc/{node.engine.pid}/fd")),
+                    "pins": sorted(os.listdir(node.bpf_dir / "v1")),
+                    "records": sorted(os.listdir(node.folder / "run" / "pods")),
+                }
+                for what in (
+                    ["rule"],
+                    ["-6", "rule"],
+                    ["route", "show", "table", "100"],
+                    ["-6", "route", "show", "table", "100"],
+                ):
+                    done = subprocess.run(["ip", "-n", web.namespace, *what], capture_output=True, text=True)
+                    listed[" ".join(what)] = done.stdout
+                for device, way in (("eth0", "egress"), ("lo", "egress"), ("lo", "ingress")):
+                    command = ["tc", "-n", web.namespace, "filter", "show", "dev", device, way]
+                    listed[f"tc {device} {way}"] = subprocess.run(command, capture_output=True, text=True).stdout
+                return listed
+
+            for _ in range(5):
+                await toggle()
+            before = left()
+            started = time.monotonic()
+            for _ in range(30):
+                await toggle()
+            print(f"one toggle: {(time.monotonic() - started) / 30 * 1000:.0f} ms")
+            await eventually(f"what is left is what was there: {before}", lambda: left() == before)
+
+    run(work())

@@ -79,6 +79,7 @@ class Stream:
         for (kind, name), version in hello.versions.items():
             if kind in kinds:
                 self._held[kinds[kind]][name] = version
+        self._acked = set()
         self._changed.set()
 
     def pending(self) -> list[str]:
