@@ -8,6 +8,7 @@ on the plain REST API costs 9 MB, the generated client libraries 65.
 import asyncio
 import base64
 import json
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -218,6 +219,7 @@ class KubeClient:
             ) as response:
                 if response.status >= 400:
                     raise _refusal(response.status, await response.read())
+                _keep_alive(response)
                 async for line in _lines(response.content):
                     event = json.loads(line)
                     if event["type"] == "ERROR":
@@ -251,6 +253,21 @@ class KubeClient:
                     tls.load_cert_chain(self.config.client_cert, self.config.client_key)
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls, limit=64))
         return self._session
+
+
+def _keep_alive(response: aiohttp.ClientResponse) -> None:
+    """A watch may be silent for long; a server that is gone without a word is noticed after 30 s all the same."""
+    transport = response.connection.transport if response.connection is not None else None
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is None:
+        return
+    for level, option, value in (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    ):
+        sock.setsockopt(level, option, value)
 
 
 async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:

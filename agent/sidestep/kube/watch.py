@@ -54,23 +54,27 @@ class Reflector(Generic[K]):
         """Follows until it is cancelled; an API that cannot be reached is tried again and again."""
         pause = BACKOFF_S[0]
         while True:
+            heard = False
             try:
                 if not self._version:
                     await self._list()
-                    pause = BACKOFF_S[0]
                 async for kind, obj in self._client.watch(
                     self._path, resource_version=self._version, **self._selectors
                 ):
                     self._take(kind, obj)
                     self.failed = None
-                    pause = BACKOFF_S[0]
+                    heard = True
             except KubeError as error:
                 if error.status == 410:
                     self._version = ""
+                else:
+                    self.failed = error
+            if heard:
+                pause = BACKOFF_S[0]
+                if self.failed is None:
                     continue
-                self.failed = error
-                await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-                pause = min(pause * 2, BACKOFF_S[1])
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            pause = min(pause * 2, BACKOFF_S[1])
 
     async def _list(self) -> None:
         answer = await self._client.list(self._path, **self._selectors)
