@@ -25,8 +25,7 @@ from sidestep.node.netns import Records
 from sidestep.node.pods import Pod, spiffe, workload_name
 from sidestep.node.reconcile import Capture
 from sidestep.node.resident import Names, Resident
-from sidestep.node.statefile import FileAuthority
-from sidestep.node.xds import FileFeed
+from sidestep.node.statefile import FileAuthority, FileFeed
 from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo
 
 PLUGIN = Path(__file__).resolve().parents[2] / "agent/sidestep/bin/sidestep-cni"

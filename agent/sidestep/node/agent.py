@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from sidestep.node import log
 from sidestep.node.capture import CaptureError, Captures
 from sidestep.node.cni import TRY_AGAIN, Call, CniError
-from sidestep.node.engine import Engine, EngineError, Hello
+from sidestep.node.engine import Engine, EngineAway, EngineError, Hello
 from sidestep.node.identities import Certificate, Identities
 from sidestep.node.metrics import Metrics
 from sidestep.node.netns import Netns, NetnsError, Record, Records
@@ -30,6 +30,7 @@ CACHE_WAIT_S = 3.0
 ADD_FAILURES = 3
 ADD_S = 20.0
 DEL_S = 4.0  # below the plugin's 5 s
+_UNATTACHED = (Capture.ABSENT, Capture.PREPARED)
 
 
 class Api(PodStatus, Protocol):
@@ -203,7 +204,7 @@ class Agent:
         """Says what a pod should be, and wakes (or makes) its worker where something is to be done."""
         pod, resident = self.pods.get(uid), self.residents.get(uid)
         if not self.listed:
-            if resident is not None and not resident.fresh:
+            if resident is not None and not resident.fresh and resident.capture not in _UNATTACHED:
                 # Kept as it is; what is in draining stays so.
                 resident.want = Desired(True, resident.capture is not Capture.DRAINING)
                 resident.wake.set()
@@ -403,7 +404,12 @@ class Agent:
         for identity in self.identities:
             certificate = identity.certificate
             if certificate is not None and not _same(hello.identities.get(identity.uri), certificate):
-                await self._give(identity.uri, certificate)
+                try:
+                    await self._give(identity.uri, certificate)
+                except EngineAway:
+                    raise
+                except EngineError as err:
+                    log.event("certificate_not_given", identity=identity.uri, error=err)
         for uid in hello.pods.keys() - self.residents.keys():
             self._resident(uid)
         for uid, resident in self.residents.items():
@@ -508,7 +514,7 @@ class Agent:
         while True:
             await asyncio.sleep(VERIFY_S)
             for resident in list(self.residents.values()):
-                if resident.capture in (Capture.ABSENT, Capture.PREPARED) or resident.step is Step.REPAIR:
+                if resident.capture in _UNATTACHED or resident.step is Step.REPAIR:
                     continue
                 before = resident.capture
                 try:

@@ -26,14 +26,15 @@ REQUEST_S = 10.0
 
 
 class Authority:
-    """Issues certificates over the channel that `channel` answers: made anew when the root has changed."""
+    """Issues certificates over the channel that `channel` answers; told True, it looks whether the root has changed."""
 
     def __init__(
-        self, channel: Callable[[], Awaitable[grpc.aio.Channel]], token_file: Path | None, cluster_id: str
+        self, channel: Callable[[bool], Awaitable[grpc.aio.Channel]], token_file: Path | None, cluster_id: str
     ) -> None:
         self._channel = channel
         self._token_file = token_file
         self._cluster_id = cluster_id
+        self._suspect = False
 
     async def issue(self, uri: str) -> Certificate:
         """A certificate for an identity. Raises CertificateError."""
@@ -41,14 +42,16 @@ class Authority:
         request = citadel_pb2.IstioCertificateRequest(csr=signing_request(key, uri), validity_duration=LIFETIME_S)
         request.metadata.update({"ImpersonatedIdentity": uri})
         try:
-            call = (await self._channel()).unary_unary(
+            call = (await self._channel(self._suspect)).unary_unary(
                 METHOD,
                 request_serializer=citadel_pb2.IstioCertificateRequest.SerializeToString,
                 response_deserializer=citadel_pb2.IstioCertificateResponse.FromString,
             )
             metadata = await asyncio.to_thread(credentials, self._token_file, self._cluster_id)
             response = await call(request, timeout=REQUEST_S, metadata=metadata)
+            self._suspect = False
         except grpc.aio.AioRpcError as err:
+            self._suspect = True
             raise CertificateError(f"{err.code().name}: {err.details()}") from None
         except (OSError, ValueError) as err:
             raise CertificateError(str(err)) from None

@@ -298,10 +298,11 @@ class Steps:
                 resident.engine, resident.listeners = Serving.ABSENT, False
             case Step.DETACH:
                 await self._captures.detach(uid, self._attached_netns(resident), resident.interface)
+                if resident.capture is not Capture.PREPARED:
+                    self._metrics.add("workload_manager_proxies_stopped_total")
                 resident.capture, resident.intact, resident.listeners, resident.old = Capture.ABSENT, True, False, 0
                 resident.captured_ino = 0
                 resident.fresh = resident.fresh and resident.want.exists
-                self._metrics.add("workload_manager_proxies_stopped_total")
             case Step.ANNOTATE | Step.CLEAR:
                 await self._annotate(resident, step is Step.ANNOTATE)
             case _:

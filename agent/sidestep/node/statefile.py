@@ -6,6 +6,7 @@ out are the same
 `istio.workload.Address` records that xDS delivers. For tests and for trying the node alone.
 """
 
+import asyncio
 import hashlib
 import ipaddress
 from collections.abc import Mapping
@@ -16,8 +17,11 @@ from typing import Any
 import yaml
 from cryptography import x509
 
-from sidestep.node.agent import CertificateError
+from sidestep.node import log
+from sidestep.node.agent import Agent, CertificateError
+from sidestep.node.engine import EngineError, Hello
 from sidestep.node.identities import Certificate
+from sidestep.wire.batch import Batch, Op, Record
 from sidestep.wire.pb import workload_pb2
 
 WORKLOAD_KEYS = {
@@ -95,6 +99,65 @@ class FileAuthority:
             raise CertificateError(str(err)) from None
         before, after = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
         return Certificate(texts[0], texts[1], texts[2], before, after, str(leaf.serial_number))
+
+
+class FileFeed:
+    """--state-file in place of the stream: applied whole, to every engine and again on SIGHUP."""
+
+    def __init__(self, path: Path, authority: FileAuthority, agent: Agent) -> None:
+        self._path = path
+        self._authority = authority
+        self._agent = agent
+        self._state = load(path)
+        self._authority.files = self._state.certificates
+        self._changed = asyncio.Event()
+        self._applied = False
+        self._rejected = ""
+
+    def engine_holds(self, hello: Hello) -> None:
+        """A connection to the engine is there."""
+        self._applied = False
+        self._changed.set()
+
+    def reload(self) -> None:
+        """Reads the file again; keeps what it had where that cannot be used."""
+        try:
+            self._state = load(self._path)
+        except StateError as err:
+            log.event("state_file", error=err)
+            return
+        self._authority.files = self._state.certificates
+        self._changed.set()
+
+    def pending(self) -> list[str]:
+        """What is missing until the agent is ready."""
+        return [] if self._applied else ["state manager"]
+
+    def status(self) -> dict[str, Any]:
+        """For /status."""
+        return {
+            "state_file": str(self._path),
+            "connected": self._applied,
+            "rejected": self._rejected,
+            "resources": {"address": len(self._state.records)},
+        }
+
+    async def run(self) -> None:
+        """Applies the file when the engine or the file is new."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                with Batch(full=True) as batch:
+                    for record in self._state.records:
+                        batch.add(Record(Op.ADDRESS_SET, *record))
+                    rejected = await self._agent.engine.apply(batch)
+            except EngineError as err:
+                log.event("state_file_not_applied", error=err)
+                continue
+            self._applied = True
+            self._rejected = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+            log.event("state_file_applied", records=len(self._state.records), rejected=self._rejected)
 
 
 def _workload(entry: Mapping[str, Any]) -> tuple[str, workload_pb2.Address]:

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from sidestep.kube.client import KubeClient
-from sidestep.node import ca, cni, httpd, log, statefile
+from sidestep.node import ca, cni, httpd, log
 from sidestep.node.admin import Pages, only_local
 from sidestep.node.agent import Agent, Authority, CertificateError, Place
 from sidestep.node.api import ClusterApi, reflectors
@@ -23,8 +23,9 @@ from sidestep.node.command import Config
 from sidestep.node.metrics import Metrics
 from sidestep.node.netns import Records
 from sidestep.node.resident import ApiError, Names
-from sidestep.node.xds import Feed, FileFeed, Stream
+from sidestep.node.xds import Feed, Stream
 
+ROOT_S = 5.0
 GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", 200 * 1024 * 1024),
     ("grpc.keepalive_time_ms", 30_000),
@@ -45,14 +46,15 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
         loop.add_signal_handler(number, stop.set)
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     metrics = Metrics()
+    if config.state_file is not None:
+        from sidestep.node import statefile  # YAML and X.509 parsing cost memory that only tests need
     async with KubeClient.from_config(config.kubeconfig) as client:
         api = ClusterApi(client, config.system_namespace)
         captures = Captures(config.bpf_dir)
         names = Names(config.trust_domain, config.cluster_id, int(config.drain_quiet_s * 1000), config.pod_netns_dir)
         channels = Channels(config, api)
-        authority: Authority
         files = statefile.FileAuthority() if config.state_file is not None else None
-        authority = files or ca.Authority(channels.get, config.token_file, config.cluster_id)
+        authority: Authority = files or ca.Authority(channels.get, config.token_file, config.cluster_id)
         agent = Agent(
             place=Place(config.node, _settings(config), config.excluded),
             names=names,
@@ -66,7 +68,7 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
         )
         feed: Feed
         if files is not None and config.state_file is not None:
-            file_feed = FileFeed(config.state_file, files, agent)
+            file_feed = statefile.FileFeed(config.state_file, files, agent)
             loop.add_signal_handler(signal.SIGHUP, file_feed.reload)
             feed = file_feed
         else:
@@ -131,14 +133,24 @@ class Channels:
         self._api = api
         self._root = b""
         self._channel: grpc.aio.Channel | None = None
+        self._making = asyncio.Lock()
 
-    async def get(self) -> grpc.aio.Channel:
-        """The channel. Raises CertificateError where the root is not to be had."""
+    async def get(self, suspect: bool) -> grpc.aio.Channel:
+        """The channel; where the last attempt failed (`suspect`) only after a look at the root. Raises
+        CertificateError where the root is not to be had.
+        """
+        async with self._making:
+            return await self._get(suspect)
+
+    async def _get(self, suspect: bool) -> grpc.aio.Channel:
+        if self._channel is not None and not suspect:
+            return self._channel
         try:
-            root = await self._api.root_certificate()
-        except ApiError as err:
+            async with asyncio.timeout(ROOT_S):
+                root = await self._api.root_certificate()
+        except (ApiError, TimeoutError) as err:
             if self._channel is None:
-                raise CertificateError(str(err)) from None
+                raise CertificateError(str(err) or "the API did not answer in time") from None
             return self._channel
         if self._channel is None or root != self._root:
             await self.close()

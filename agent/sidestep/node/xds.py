@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import grpc
 
 from sidestep.node import log
-from sidestep.node.agent import Agent, CertificateError
+from sidestep.node.agent import CertificateError
 from sidestep.node.ca import credentials
 from sidestep.node.engine import Engine, EngineError, Hello
 from sidestep.node.metrics import Metrics
-from sidestep.node.statefile import FileAuthority, StateError, load
 from sidestep.wire.batch import Batch, Op, Record
 from sidestep.wire.pb import discovery_pb2
 
@@ -48,7 +47,7 @@ class Stream:
 
     def __init__(
         self,
-        channel: Callable[[], Awaitable[grpc.aio.Channel]],
+        channel: Callable[[bool], Awaitable[grpc.aio.Channel]],
         address: str,
         node_id: str,
         metadata: Mapping[str, str],
@@ -121,16 +120,18 @@ class Stream:
             stream = group.create_task(self._stream(), name="xds stream")
             changed = group.create_task(self._changed.wait(), name="engine changes")
             await asyncio.wait((stream, changed), return_when=asyncio.FIRST_COMPLETED)
-            done = stream.done() and not stream.cancelled()
+            other = changed.done()
             stream.cancel()
             changed.cancel()
-        return stream.result() if done else None
+        if other:
+            return None
+        return "Reconnect" if stream.cancelled() else stream.result()
 
     async def _stream(self) -> str:
         """One stream, to its end. Returns the reason in the words of reference/ztunnel.md 3.1."""
         try:
             headers = await asyncio.to_thread(credentials, self._token_file, self._cluster_id)
-            call = (await self._channel()).stream_stream(
+            call = (await self._channel(bool(self._error))).stream_stream(
                 METHOD,
                 request_serializer=discovery_pb2.DeltaDiscoveryRequest.SerializeToString,
                 response_deserializer=discovery_pb2.DeltaDiscoveryResponse.FromString,
@@ -198,65 +199,6 @@ class Stream:
             answer.error_detail.message = self._rejected
             log.event("xds_rejected", records=self._rejected)
         return answer
-
-
-class FileFeed:
-    """--state-file in place of the stream: applied whole, to every engine and again on SIGHUP."""
-
-    def __init__(self, path: Path, authority: FileAuthority, agent: Agent) -> None:
-        self._path = path
-        self._authority = authority
-        self._agent = agent
-        self._state = load(path)
-        self._authority.files = self._state.certificates
-        self._changed = asyncio.Event()
-        self._applied = False
-        self._rejected = ""
-
-    def engine_holds(self, hello: Hello) -> None:
-        """A connection to the engine is there."""
-        self._applied = False
-        self._changed.set()
-
-    def reload(self) -> None:
-        """Reads the file again; keeps what it had where that cannot be used."""
-        try:
-            self._state = load(self._path)
-        except StateError as err:
-            log.event("state_file", error=err)
-            return
-        self._authority.files = self._state.certificates
-        self._changed.set()
-
-    def pending(self) -> list[str]:
-        """What is missing until the agent is ready."""
-        return [] if self._applied else ["state manager"]
-
-    def status(self) -> dict[str, Any]:
-        """For /status."""
-        return {
-            "state_file": str(self._path),
-            "connected": self._applied,
-            "rejected": self._rejected,
-            "resources": {"address": len(self._state.records)},
-        }
-
-    async def run(self) -> None:
-        """Applies the file when the engine or the file is new."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                with Batch(full=True) as batch:
-                    for record in self._state.records:
-                        batch.add(Record(Op.ADDRESS_SET, *record))
-                    rejected = await self._agent.engine.apply(batch)
-            except EngineError as err:
-                log.event("state_file_not_applied", error=err)
-                continue
-            self._applied = True
-            self._rejected = "; ".join(f"{name}: {reason}" for name, reason in rejected)
-            log.event("state_file_applied", records=len(self._state.records), rejected=self._rejected)
 
 
 def _fill(batch: Batch, url: str, response: discovery_pb2.DeltaDiscoveryResponse) -> dict[str, str]:
