@@ -107,7 +107,7 @@ static const char *network_address(const struct field *in, struct vip_span *v)
                 return PROTO_BAD_ADDRESS;
         if (length == NO_LIMIT)
                 return NULL;
-        if (raw.len == 4 && length > 32)
+        if (raw.len == 4 ? length > 32 : addr_is_v4(&v->addr) && length < 96)
                 return "prefix length out of range";
         v->prefix = (uint8_t)(raw.len == 4 ? length + 96 : length);
         return NULL;
