@@ -15,16 +15,18 @@ Object = Mapping[str, Any]
 FAMILIES_ANNOTATION = "lab.sidestep.dev/families"
 MIRROR_ANNOTATION = "kubernetes.io/config.mirror"
 
-CAPABILITIES = (
+_CAPABILITY_NAMES = (
     "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
     "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
     "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
     "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
-).split()  # linux/capability.h, in order
-DEFAULT_CAPABILITIES = frozenset(
+)  # linux/capability.h, in order
+CAPABILITIES = _CAPABILITY_NAMES.split()
+_DEFAULT_NAMES = (
     "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE NET_RAW SYS_CHROOT MKNOD AUDIT_WRITE "
-    "SETFCAP".split()
+    "SETFCAP"
 )  # containerd's
+DEFAULT_CAPABILITIES = frozenset(_DEFAULT_NAMES.split())
 
 # Fields that are read (True) or have no effect here (False); anything else that is set is refused.
 _SPEC = {
@@ -296,7 +298,7 @@ def field(pod: Object, path: str, ips: Sequence[str], host_ips: Sequence[str]) -
     match = _FIELD_REF.fullmatch(path)
     if match:
         return str((meta.get(match[1]) or {}).get(match[2], ""))
-    return {
+    known = {
         "metadata.name": meta["name"],
         "metadata.namespace": meta["namespace"],
         "metadata.uid": meta["uid"],
@@ -306,7 +308,8 @@ def field(pod: Object, path: str, ips: Sequence[str], host_ips: Sequence[str]) -
         "status.podIPs": ",".join(ips),
         "status.hostIP": host_ips[0],
         "status.hostIPs": ",".join(host_ips),
-    }[path]
+    }
+    return str(known[path])
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
@@ -315,7 +318,7 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
     def replace(match: re.Match[str]) -> str:
         if match[0] == "$$":
             return "$"
-        return variables.get(match[1], match[0])
+        return str(variables.get(match[1], match[0]))
 
     return re.sub(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)", replace, text)
 

@@ -111,9 +111,7 @@ def ruleset(found: Iterable[Port]) -> str:
             answer = "reject with tcp reset" if port.protocol == "tcp" else "reject"
             refuse.append(f"{match} {answer}")
             continue
-        targets = ", ".join(
-            f"{index} : {address} . {number}" for index, (address, number) in enumerate(port.endpoints)
-        )
+        targets = ", ".join(f"{index} : {address} . {number}" for index, (address, number) in enumerate(port.endpoints))
         choice = f"numgen random mod {len(port.endpoints)} map {{ {targets} }}"
         nat.append(f"{match} dnat {word} to {choice}")
         own[family].update(address for address, _ in port.endpoints)
