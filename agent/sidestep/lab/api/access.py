@@ -212,7 +212,7 @@ def _spec(body: Mapping[str, Any], kind: str, api_version: str) -> dict[str, Any
     spec = body.get("spec")
     if not isinstance(spec, dict):
         raise ApiError(400, f"{kind}: spec must be given")
-    return spec
+    return {key: value for key, value in spec.items() if value is not None}
 
 
 def _user_of(claims: Claims) -> User:

@@ -299,7 +299,7 @@ class Registry:
                 stored = self.create(kind, namespace, wanted, dry_run=dry_run)
             else:
                 before = self._applied.get((old.obj["metadata"]["uid"], manager), {})
-                merged = patches.apply(old.obj, wanted, before)
+                merged = _patched(lambda: patches.apply(old.obj, wanted, before))
                 stored = self.update(kind, namespace, name, merged, status=status, dry_run=dry_run)
             if not dry_run and not status:
                 self._applied[(stored.obj["metadata"]["uid"], manager)] = wanted
@@ -310,7 +310,7 @@ class Registry:
             "strategic": patches.strategic,
             "json": patches.json_patch,
         }
-        merged = forms[form](old.obj, patch)
+        merged = _patched(lambda: forms[form](old.obj, patch))
         if not isinstance(merged, dict) or not isinstance(merged.get("metadata"), dict):
             raise ApiError(422, "the patch leaves no object")
         if not (isinstance(patch, dict) and "resourceVersion" in (patch.get("metadata") or {})) and form != "json":
@@ -348,7 +348,7 @@ class Registry:
             self._orphan(str(metadata["uid"]))
         if metadata.get("finalizers"):
             return self._mark(old, 0 if kind is POD else None)
-        return self._finish(old)
+        return self._finish(old, confirmed=True)
 
     def _grace(self, pod: Stored, options: Deletion) -> int:
         spec, status = pod.obj["spec"], pod.obj.get("status", {})
@@ -369,10 +369,11 @@ class Registry:
             return old
         return self.store.replace(old.kind, new)
 
-    def _finish(self, stored: Stored) -> Stored:
-        """Removes an object on which nothing waits any more; gives back what it was last."""
+    def _finish(self, stored: Stored, confirmed: bool = False) -> Stored:
+        """Removes an object on which nothing waits any more; gives back what it was last. `confirmed`: its node says
+        that it has ended."""
         kind, metadata = stored.kind, stored.obj["metadata"]
-        if kind is POD and int(metadata.get("deletionGracePeriodSeconds", 0)) > 0:
+        if kind is POD and not confirmed and int(metadata.get("deletionGracePeriodSeconds", 0)) > 0:
             return stored  # the node has not confirmed yet
         if kind is NAMESPACE:
             return stored  # sweep() does it
@@ -421,6 +422,14 @@ class Registry:
         old = self.store.need(DEPLOYMENT, namespace, name)
         spec = {**old.obj["spec"], "replicas": replicas}
         return self.update(DEPLOYMENT, namespace, name, {**old.obj, "spec": spec})
+
+
+def _patched(make: Callable[[], Any]) -> Any:
+    """What a patch makes; 422 where its parts have shapes that no patch has."""
+    try:
+        return make()
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ApiError(422, f"the patch cannot be applied: {error!r}") from None
 
 
 def kind_of(group: str, version: str, plural: str) -> Kind | None:

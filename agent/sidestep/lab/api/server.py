@@ -78,6 +78,9 @@ class Server:
         except ApiError as error:
             headers = {"WWW-Authenticate": "Bearer"} if error.code == 401 else None
             return web.json_response(error.status(), status=error.code, headers=headers)
+        except (RecursionError, UnicodeError):
+            odd = ApiError(400, "the request is nested too deep, or holds what is not text")
+            return web.json_response(odd.status(), status=400)
         except web.HTTPRequestEntityTooLarge:
             large = ApiError(413, f"the body is larger than {MAX_BODY} bytes")
             return web.json_response(large.status(), status=413)
@@ -355,12 +358,17 @@ async def _body(request: web.Request, *, empty: bool = False) -> Any:
         return {}
     try:
         if "yaml" in kind:
-            return yaml.safe_load(data)
-        return json.loads(data)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+            # Through JSON: keys become strings, dates become text.
+            return json.loads(json.dumps(yaml.safe_load(data), default=str, allow_nan=False))
+        return json.loads(data, parse_constant=_no_constant)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         form = "YAML" if "yaml" in kind else "JSON"
         line = " ".join(str(error).split())
         raise ApiError(400, f"the body is not {form}: {line}") from None
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
 
 
 def _table(request: web.Request) -> str:
