@@ -51,10 +51,16 @@ def inside(namespace: str, work: Callable[[], T]) -> T:
     return done[0]
 
 
-def ip(*words: str) -> None:
-    """`ip WORDS`; fails the test with what it said."""
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
-    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+def tool(*words: str) -> str:
+    """Runs a program to its end; fails the test with what it said. Returns its output."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+    return done.stdout
+
+
+def ip(*words: str) -> str:
+    """`ip WORDS`."""
+    return tool("ip", *words)
 
 
 @dataclass(frozen=True, slots=True)

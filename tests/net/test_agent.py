@@ -26,7 +26,7 @@ from sidestep.node.pods import Pod, spiffe, workload_name
 from sidestep.node.reconcile import Capture
 from sidestep.node.resident import Names, Resident
 from sidestep.node.statefile import FileAuthority, FileFeed
-from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo
+from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo, ip, tool
 
 PLUGIN = Path(__file__).resolve().parents[2] / "agent/sidestep/bin/sidestep-cni"
 NODE = "node1"
@@ -498,5 +498,84 @@ def test_toggles_leave_nothing(node: Node) -> None:
                 await toggle()
             print(f"one toggle: {(time.monotonic() - started) / 30 * 1000:.0f} ms")
             await eventually(f"what is left is what was there: {before}", lambda: left() == before)
+
+    run(work())
+
+
+def test_programs_taken_out_are_put_back(node: Node) -> None:
+    async def work() -> None:
+        node.cluster.label("shop", "ambient")
+        web, web_pod = node.pod("web", running=False)
+        api, api_pod = node.pod("api", running=False)
+        node.start_engine()
+        async with node.running_agent() as agent, echo(api, PORT):
+            for sandbox, pod in ((web, web_pod), (api, api_pod)):
+                assert (await node.cni("ADD", sandbox, pod))[0] == 0
+                await node.enrolled(pod)
+
+            async def repaired(times: int) -> None:
+                repairs = "sidestep_capture_repairs_total"
+                await eventually(f"repair {times}", lambda: agent.metrics.value(repairs) == times)
+
+            for number, (device, way) in enumerate((("eth0", "egress"), ("lo", "ingress"), ("lo", "egress")), start=1):
+                tool("tc", "-n", web.namespace, "filter", "del", "dev", device, way)
+                await repaired(number)
+            ip("-n", web.namespace, "rule", "del", "pref", "32764")
+            await repaired(4)
+            await node.enrolled(web_pod, Capture.STRICT)
+            client = await Client.open(web, api.v4, PORT)
+            assert await client.ask("whole") == "whole" and await node.through_engine(client)
+            await client.close()
+
+    run(work())
+
+
+def test_both_gone_stays_closed_until_the_agent_is_back(node: Node) -> None:
+    async def work() -> None:
+        node.cluster.label("shop", "ambient")
+        web, web_pod = node.pod("web", running=False)
+        api, api_pod = node.pod("api", running=False)
+        node.start_engine()
+        async with echo(api, PORT) as seen:
+            async with node.running_agent():
+                for sandbox, pod in ((web, web_pod), (api, api_pod)):
+                    assert (await node.cni("ADD", sandbox, pod))[0] == 0
+                    await node.enrolled(pod)
+            node.kill_engine()
+            for _ in range(3):
+                with pytest.raises((OSError, TimeoutError)):
+                    await Client.open(web, api.v4, PORT, seconds=1)
+            node.start_engine()
+            with pytest.raises((OSError, TimeoutError)):
+                await Client.open(web, api.v4, PORT, seconds=1)
+            assert seen == []
+            async with node.running_agent():
+                await node.enrolled(web_pod, Capture.STRICT)
+                await node.enrolled(api_pod, Capture.STRICT)
+                client = await Client.open(web, api.v4, PORT)
+                assert client.seen_as == web.v4 and await node.through_engine(client)
+                await client.close()
+
+    run(work())
+
+
+def test_a_new_sandbox_of_the_same_pod(node: Node) -> None:
+    async def work() -> None:
+        node.cluster.label("shop", "ambient")
+        web, web_pod = node.pod("web", running=False)
+        node.start_engine()
+        async with node.running_agent():
+            assert (await node.cni("ADD", web, web_pod, container="first"))[0] == 0
+            await node.enrolled(web_pod)
+            again = node.bridge.sandbox()
+            assert (await node.cni("ADD", again, web_pod, container="second"))[0] == 0
+            resident = node.resident(web_pod)
+            assert resident is not None and resident.netns is not None
+            assert resident.captured_ino == os.stat(again.path).st_ino and resident.capture is Capture.STRICT
+            # The runtime cleans the first one up late: that must not touch the second.
+            assert (await node.cni("DEL", web, web_pod, container="first"))[0] == 0
+            await node.enrolled(web_pod, Capture.STRICT)
+            assert (await node.cni("DEL", again, web_pod, container="second"))[0] == 0
+            await node.released(web_pod)
 
     run(work())
