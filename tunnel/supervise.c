@@ -17,6 +17,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -41,6 +42,21 @@ struct supervised {
         uint64_t kill_at; /* ms, when told */
         unsigned pause_ms;
 };
+
+/* A line on stderr, unless its reader stalls: the engine matters more. */
+static void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+static void say(const char *fmt, ...)
+{
+        struct pollfd out = {.fd = 2, .events = POLLOUT};
+        char line[512];
+        va_list ap;
+        va_start(ap, fmt);
+        int n = vsnprintf(line, sizeof(line), fmt, ap);
+        va_end(ap);
+        if (n > 0 && poll(&out, 1, 0) == 1 &&
+            write(2, line, (size_t)n < sizeof(line) ? (size_t)n : sizeof(line) - 1) < 0)
+                return; /* nobody is left to be told */
+}
 
 static uint64_t now_ms(void)
 {
@@ -73,7 +89,7 @@ static int start(struct supervised *s, const sigset_t *unblocked)
                 setenv("SIDESTEP_READY_FD", number, 1);
                 sigprocmask(SIG_SETMASK, unblocked, NULL);
                 execvp(s->command[0], s->command);
-                fprintf(stderr, "supervise: cannot run %s: %s\n", s->command[0], strerror(errno));
+                say("supervise: cannot run %s: %s\n", s->command[0], strerror(errno));
                 _exit(127);
         }
         close(fds[1]);
@@ -156,7 +172,7 @@ static int supervise(struct supervised *s, int signals, const sigset_t *unblocke
                 if (!s->pid && now >= start_at)
                         r = start(s, unblocked);
                 if (r) {
-                        fprintf(stderr, "supervise: cannot start: %s\n", strerror(-r));
+                        say("supervise: cannot start: %s\n", strerror(-r));
                         start_at = now + PAUSE_LAST_MS;
                 }
                 if (s->told && now >= s->kill_at)
@@ -171,10 +187,10 @@ static int supervise(struct supervised *s, int signals, const sigset_t *unblocke
                 if (code == 0 || code == 2 || code == 127)
                         return code;
                 start_at = now_ms() + (s->answered ? 0 : s->pause_ms);
-                fprintf(stderr, "supervise: %s ended with %s %d %s; starting it again%s\n", s->command[0],
-                        WIFEXITED(status) ? "status" : "signal", WIFEXITED(status) ? code : WTERMSIG(status),
-                        s->answered ? "after it had answered" : "before it had answered",
-                        s->answered ? "" : " after a pause");
+                say("supervise: %s ended with %s %d %s; starting it again%s\n", s->command[0],
+                    WIFEXITED(status) ? "status" : "signal", WIFEXITED(status) ? code : WTERMSIG(status),
+                    s->answered ? "after it had answered" : "before it had answered",
+                    s->answered ? "" : " after a pause");
                 if (!s->answered)
                         s->pause_ms = s->pause_ms * 2 < PAUSE_LAST_MS ? s->pause_ms * 2 : PAUSE_LAST_MS;
         }
@@ -185,7 +201,7 @@ int main(int argc, char **argv)
         struct supervised s = {.command = argv + 1, .ready = -1, .pause_ms = PAUSE_FIRST_MS};
         sigset_t caught, unblocked;
         if (argc < 2) {
-                fprintf(stderr, "usage: supervise COMMAND...\n");
+                say("usage: supervise COMMAND...\n");
                 return 2;
         }
         sigemptyset(&caught);
@@ -195,7 +211,7 @@ int main(int argc, char **argv)
         sigprocmask(SIG_BLOCK, &caught, &unblocked);
         int signals = signalfd(-1, &caught, SFD_CLOEXEC | SFD_NONBLOCK);
         if (signals < 0) {
-                fprintf(stderr, "supervise: signalfd: %s\n", strerror(errno));
+                say("supervise: signalfd: %s\n", strerror(errno));
                 return 1;
         }
         return supervise(&s, signals, &unblocked);
