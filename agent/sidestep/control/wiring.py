@@ -25,7 +25,7 @@ from sidestep.control.xds import Discovery
 from sidestep.kube.client import KubeClient, KubeError
 
 START_S = 60.0  # so long an API that cannot be reached is waited for
-STOP_S = 2.0
+STOP_S = 0.5
 OPTIONS = (
     ("grpc.max_receive_message_length", 32 << 20),  # the versions that a client of 200 000 workloads holds
     ("grpc.max_send_message_length", 200 << 20),
@@ -164,6 +164,7 @@ def _listener(bind: str, port: int) -> socket.socket:
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind((bind, port))
+        listener.listen()
     except OSError as error:
         listener.close()
         raise StartError(f"port {port} on {bind}: {error.strerror}; does another control plane run here?") from None
