@@ -11,13 +11,14 @@ import os
 import socket
 import subprocess
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -61,6 +62,15 @@ def tool(*words: str) -> str:
 def ip(*words: str) -> str:
     """`ip WORDS`."""
     return tool("ip", *words)
+
+
+async def eventually(what: str, question: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Asks until the answer is true, and returns it. `seconds` is a hang guard, no measurement."""
+    deadline = time.monotonic() + seconds
+    while not (answer := question()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
+        await asyncio.sleep(0.02)
+    return answer
 
 
 @dataclass(frozen=True, slots=True)

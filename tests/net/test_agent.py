@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,11 @@ from sidestep.node.pods import Pod, spiffe, workload_name
 from sidestep.node.reconcile import Capture
 from sidestep.node.resident import Names, Resident
 from sidestep.node.statefile import FileAuthority, FileFeed
-from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo, ip, tool
+from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo, eventually, ip, tool
 
 PLUGIN = Path(__file__).resolve().parents[2] / "agent/sidestep/bin/sidestep-cni"
 NODE = "node1"
-GUARD_S = 30.0
 PORT = 8080
-
-
-async def eventually(what: str, question: Callable[[], Any], seconds: float = GUARD_S) -> Any:
-    """Asks until the answer is true. `seconds` is a hang guard, no measurement."""
-    deadline = time.monotonic() + seconds
-    while not (answer := question()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-        await asyncio.sleep(0.02)
-    return answer
 
 
 class Node:
