@@ -5,6 +5,7 @@ as its Host, so that no web page that a user of the node opens can read them. No
 15020, readiness on 15021.
 """
 
+import base64
 import ipaddress
 import json
 import re
@@ -242,12 +243,21 @@ def _config_certificate(identity: Identity) -> dict[str, Any]:
     if certificate is None:
         state = f"Unavailable: {identity.error}" if identity.error else "Initializing"
         return {"identity": identity.uri, "state": state, "certChain": [], "rootCerts": []}
-    leaf = {
+    chain: list[dict[str, Any]] = [{"pem": each} for each in _pems(certificate.chain_pem)]
+    chain[0] |= {
         "serialNumber": certificate.serial,
         "validFrom": _rfc3339(certificate.not_before_s),
         "expirationTime": _rfc3339(certificate.not_after_s),
     }
-    return {"identity": identity.uri, "state": "Available", "certChain": [leaf], "rootCerts": []}
+    roots = [{"pem": each} for each in _pems(certificate.roots_pem)]
+    return {"identity": identity.uri, "state": "Available", "certChain": chain, "rootCerts": roots}
+
+
+def _pems(text: str) -> list[str]:
+    """Each certificate of a PEM text, in base64 as ztunnel shows it."""
+    end = "-----END CERTIFICATE-----"
+    parts = [f"{part.strip()}\n{end}\n" for part in text.split(end)[:-1]]
+    return [base64.b64encode(part.encode()).decode() for part in parts]
 
 
 def _rfc3339(seconds: float) -> str:

@@ -7,6 +7,7 @@ it holds: after a restart of the engine nothing, and everything comes again.
 """
 
 import asyncio
+import ctypes
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
 KINDS = {ADDRESS: "address", AUTHORIZATION: "policy"}
 RETRY_FIRST_S = 0.01
 RETRY_LAST_S = 15.0
+MANY = 1000
+_LIBC = ctypes.CDLL(None)
 
 
 class Feed(Protocol):
@@ -194,6 +197,8 @@ class Stream:
         if url not in self._acked or rejected:
             log.event("xds_applied", type=KINDS[url], records=len(response.resources), rejected=len(rejected))
         self._acked.add(url)
+        if len(response.resources) > MANY:
+            _LIBC.malloc_trim(0)  # what a large response took would stay with the process
         if rejected:
             self._rejected = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items()))[:4000]
             answer.error_detail.message = self._rejected
