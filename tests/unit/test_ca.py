@@ -397,7 +397,7 @@ async def served(case: Case, ca: Authority) -> AsyncIterator[grpc.aio.Channel]:
             namespace = path.split("/")[-2]
             assert query == f"fieldSelector=spec.nodeName%3D{NODE}"
             found = [each for each in case.pods.values() if each["metadata"]["namespace"] == namespace]
-            return 200, {"items": [each for each in found if each["spec"].get("nodeName") == NODE], "metadata": {}}
+            return 200, {"items": found, "metadata": {}}  # whatever the selector says: we look ourselves
         return None
 
     async with kubernetes() as api, api.client() as client:
