@@ -32,6 +32,7 @@ LOG_BYTES = 8 << 20
 LOG_KEEP = 1 << 20
 AGENT_AUDIENCE = "istio-ca"
 AGENT_TOKEN_S = 3600
+AGENT_READY_PORT = 15021
 QUIET_S = 0.05
 
 Object = Mapping[str, Any]
@@ -105,6 +106,7 @@ class Worker:
         self._times: dict[str, tuple[str, str]] = {}  # condition -> (status, since)
         self._started_at = now()
         self._gone = False
+        self._mirror_ready: bool | None = None
 
     @property
     def mirror(self) -> bool:
@@ -136,8 +138,7 @@ class Worker:
 
     async def _live(self) -> None:
         if self.mirror:
-            self._ips = (str(self._kubelet.node.ip4), str(self._kubelet.node.ip6))
-            self._dirty.set()
+            await self._follow_agent()
             return
         try:
             spec = podspec.parse(self.pod)
@@ -160,6 +161,20 @@ class Worker:
             await self._leaving.wait()
             await self._stop_containers()
             refresher.cancel()
+
+    async def _follow_agent(self) -> None:
+        """The agent's pod: its processes are the keeper's, its readiness is asked for as a kubelet would."""
+        node = self._kubelet.node
+        self._ips = (str(node.ip4), str(node.ip6))
+        probe = podspec.Probe("httpGet", AGENT_READY_PORT, "/healthz/ready", "HTTP", "", (), (), 0, 1, 1, 1, 1)
+        while True:
+            why = await probes.attempt(probe, self._ips[0], self._sandbox.directory)
+            message = f"the agent is not ready: {why}" if why else ""
+            if self._mirror_ready is None or (not why) != self._mirror_ready or message != self._message:
+                self._mirror_ready, self._message = not why, message
+                self._dirty.set()
+            if await _pause(self._leaving, 0.2 if why else 1.0):
+                return
 
     async def _retry(self, what: str, step: Any) -> bool:
         """Repeats a step until it is done. False: the pod is leaving."""
@@ -360,7 +375,9 @@ class Worker:
 
     def _status(self) -> dict[str, Any]:
         phase = self._phase()
-        ready = phase == "Running" and (self.mirror or all(item.ready for item in self._containers))
+        ready = phase == "Running" and (
+            bool(self._mirror_ready) if self.mirror else all(item.ready for item in self._containers)
+        )
         node = self._kubelet.node
         conditions = {
             "PodScheduled": True,

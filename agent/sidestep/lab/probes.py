@@ -9,6 +9,7 @@ from sidestep.lab.podspec import Probe
 from sidestep.lab.sandbox import SandboxError, enter
 
 _HEAD_BYTES = 64 * 1024
+_SAID_BYTES = 160  # of the body of a refusal, for the message
 
 
 async def attempt(probe: Probe, address: str, container: Path) -> str:
@@ -45,7 +46,12 @@ async def _http(probe: Probe, address: str) -> str:
         if len(status_line) < 2 or not status_line[0].startswith(b"HTTP/"):
             return "the answer is no HTTP"
         status = int(status_line[1])
-        return "" if 200 <= status < 400 else f"HTTP status {status}"
+        if 200 <= status < 400:
+            return ""
+        while (await reader.readline()).strip():
+            pass
+        said = (await reader.read(_SAID_BYTES)).decode(errors="replace").split("\n")[0].strip()
+        return f"HTTP status {status}" + (f": {said}" if said else "")
     finally:
         writer.close()
 
