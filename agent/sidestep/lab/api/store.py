@@ -176,6 +176,11 @@ class Store:
         """Ends a watch."""
         self._watchers.discard(watcher)
 
+    @property
+    def watching(self) -> int:
+        """How many watches are open."""
+        return len(self._watchers)
+
     def listen(self, listener: Callable[[Event], None]) -> None:
         """Calls `listener` at every event, inside the write; it must only take note."""
         self._listeners.append(listener)

@@ -85,7 +85,8 @@ class Stream:
             try:
                 event = await asyncio.wait_for(watcher.next(), min(left, BOOKMARK_S))
             except TimeoutError:
-                await self._bookmark(response)
+                if left > BOOKMARK_S:
+                    await self._bookmark(response)
                 continue
             lines: list[bytes] = []
             while event is not None:
