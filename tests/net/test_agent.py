@@ -569,3 +569,26 @@ def test_a_new_sandbox_of_the_same_pod(node: Node) -> None:
             await node.released(web_pod)
 
     run(work())
+
+
+def test_pins_taken_away_are_made_again(node: Node) -> None:
+    async def work() -> None:
+        node.cluster.label("shop", "ambient")
+        web, web_pod = node.pod("web", running=False)
+        api, api_pod = node.pod("api", running=False)
+        node.start_engine()
+        async with node.running_agent() as agent, echo(api, PORT):
+            for sandbox, pod in ((web, web_pod), (api, api_pod)):
+                assert (await node.cni("ADD", sandbox, pod))[0] == 0
+                await node.enrolled(pod)
+            tool("rm", "-r", str(node.bpf_dir / "v1" / web_pod.uid))
+            await eventually("repair", lambda: agent.metrics.value("sidestep_capture_repairs_total") >= 1)
+            await node.enrolled(web_pod, Capture.STRICT)
+            client = await Client.open(web, api.v4, PORT)
+            assert await client.ask("whole") == "whole" and await node.through_engine(client)
+            await client.close()
+            node.cluster.label("shop", "")
+            await node.released(web_pod)
+            await node.released(api_pod)
+
+    run(work())

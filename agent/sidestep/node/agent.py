@@ -526,7 +526,7 @@ class Agent:
                     continue
                 if resident.intact and not verified.intact:
                     log.event("programs_missing", pod=resident.key, missing=verified.missing, hint="put back now")
-                    resident.intact = False
+                    resident.intact, resident.pins = False, verified.pins
                     resident.wake.set()
                 if resident.listeners and not verified.listeners and self.engine.up:
                     resident.listeners = False

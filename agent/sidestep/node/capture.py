@@ -62,10 +62,13 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """`missing`: what is not where it was put, in words. `listeners`: the engine's sockets are in every slot."""
+    """`missing`: what is not where it was put, in words. `listeners`: the engine's sockets are in every slot.
+    `pins`: the maps can still be reached.
+    """
 
     missing: str
     listeners: bool
+    pins: bool = True
 
     @property
     def intact(self) -> bool:
@@ -126,8 +129,10 @@ class Captures:
     async def verify(self, uid: str, netns: Netns | None, interface: str) -> Verified:
         """Compares what should be attached with what is; without a namespace only the listeners are looked at."""
         bits = await self._inside(netns, _lib.capture_verify, uid, interface) if netns is not None else 0
-        slots = await self._call(lambda: _check(lambda error: _lib.capture_listeners(self._pins(uid), error)))
         missing = ", ".join(word for bit, word in _MISSING.items() if bits & bit)
+        if bits & _lib.CAPTURE_NO_PINS:
+            return Verified(missing, listeners=False, pins=False)
+        slots = await self._call(lambda: _check(lambda error: _lib.capture_listeners(self._pins(uid), error)))
         return Verified(missing, slots & _ALL_SLOTS == _ALL_SLOTS)
 
     async def old(self, uid: str, netns: Netns) -> int:

@@ -61,6 +61,7 @@ class Resident:
     captured_ino: int = 0
     capture: Capture = Capture.ABSENT
     intact: bool = True
+    pins: bool = True
     listeners: bool = False
     old: int = 0
     engine: Serving = Serving.ABSENT
@@ -91,7 +92,7 @@ class Resident:
 
     def take(self, verified: Verified) -> None:
         """What verification found."""
-        self.listeners = verified.listeners
+        self.listeners, self.pins = verified.listeners, verified.pins
         self.intact = verified.intact or self.capture is Capture.PREPARED
         if not self.intact:
             self.error = f"missing: {verified.missing}"
@@ -279,9 +280,16 @@ class Steps:
                 if not resident.intact:
                     raise CaptureError(f"{step.name.lower()}: programs are not in place after they were attached")
             case Step.REPAIR:
+                lost = not resident.pins
+                if lost:
+                    # The maps are out of reach: new ones, and the engine's sockets must be in them and marked in them.
+                    await self._captures.prepare(uid, self._addresses(resident))
                 # Every call attaches what is not attached: the mode that it has already puts back what was taken out.
                 await self._captures.set_mode(uid, _known(resident.netns), resident.interface, resident.capture)
                 self._metrics.add("sidestep_capture_repairs_total")
+                if lost and resident.engine is not Serving.ABSENT and self._engine.up:
+                    await self._engine.pod_del(uid)
+                    resident.engine = Serving.ABSENT
                 await self._verify(resident)
                 if not resident.intact:
                     raise CaptureError("programs could not be put back")
