@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Bytes on their way: a growing array with a head. Empty ones hold no memory, so that an idle connection costs none. */
+#ifndef SIDESTEP_BUF_H
+#define SIDESTEP_BUF_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct buf {
+        uint8_t *bytes;
+        size_t head, len, cap;
+};
+
+static inline uint8_t *buf_at(const struct buf *b)
+{
+        return b->bytes + b->head;
+}
+
+/* Room for n more bytes behind what is there; NULL: no memory. */
+static inline uint8_t *buf_room(struct buf *b, size_t n)
+{
+        if (b->cap - b->head - b->len < n) {
+                if (b->head && b->cap - b->len >= n) {
+                        memmove(b->bytes, b->bytes + b->head, b->len);
+                        b->head = 0;
+                } else {
+                        size_t cap = b->cap ? b->cap : 4096;
+                        while (cap < b->len + n)
+                                cap *= 2;
+                        uint8_t *bytes = malloc(cap);
+                        if (!bytes)
+                                return NULL;
+                        if (b->len)
+                                memcpy(bytes, b->bytes + b->head, b->len);
+                        free(b->bytes);
+                        b->bytes = bytes;
+                        b->cap = cap;
+                        b->head = 0;
+                }
+        }
+        return b->bytes + b->head + b->len;
+}
+
+static inline void buf_free(struct buf *b)
+{
+        free(b->bytes);
+        *b = (struct buf){0};
+}
+
+/* Memory goes back as soon as the last byte is taken; small buffers are kept for the next message. */
+static inline void buf_take(struct buf *b, size_t n)
+{
+        b->head += n;
+        b->len -= n;
+        if (b->len)
+                return;
+        b->head = 0;
+        if (b->cap > 4096)
+                buf_free(b);
+}
+
+static inline bool buf_add(struct buf *b, const void *bytes, size_t n)
+{
+        uint8_t *to = buf_room(b, n);
+        if (!to)
+                return false;
+        memcpy(to, bytes, n);
+        b->len += n;
+        return true;
+}
+
+#endif

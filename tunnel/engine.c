@@ -1,0 +1,651 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Theory of operation
+ *
+ * The functions of tunnel.h, called by one control thread. Pods and identities are made here and given to the workers
+ * by mail; the engine keeps a list of its own for dumps. What a command promises is true when it returns: every worker
+ * has carried it out. State of the mesh goes through mesh.c: applied here, adopted by the workers at the top of their
+ * loops, waited for with mesh_sync.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <openssl/crypto.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#include "conn.h"
+#include "hbone.h"
+#include "pod.h"
+
+#define MAX_WORKERS 8
+#define DEFAULT_WORKERS 4
+#define BATCH_MAX (1u << 30)
+
+static unsigned usable_cpus(void)
+{
+        cpu_set_t set;
+        return sched_getaffinity(0, sizeof(set), &set) == 0 ? (unsigned)CPU_COUNT(&set) : 1;
+}
+
+int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg)
+{
+        struct tunnel *t = calloc(1, sizeof(*t));
+        struct rlimit files;
+        int result = -ENOMEM;
+        if (!t)
+                return result;
+        signal(SIGPIPE, SIG_IGN);
+        t->config = *cfg;
+        if (!t->config.pod_budget)
+                t->config.pod_budget = 64ull << 20;
+        if (!t->config.engine_budget)
+                t->config.engine_budget = 256ull << 20;
+        t->nworkers = cfg->workers ? cfg->workers : usable_cpus();
+        if (t->nworkers > (cfg->workers ? MAX_WORKERS : DEFAULT_WORKERS))
+                t->nworkers = cfg->workers ? MAX_WORKERS : DEFAULT_WORKERS;
+        t->started_s = (uint64_t)time(NULL);
+        link_init(&t->pods);
+        link_init(&t->identities);
+        getrlimit(RLIMIT_NOFILE, &files);
+        atomic_init(&t->fd_limit, files.rlim_cur / 10 * 9);
+        atomic_init(&t->fds, 64);
+        if ((result = mesh_new(&t->mesh, t->nworkers)) < 0 ||
+            (result = event_new(&t->event, t->nworkers, cfg->log_fd)) < 0)
+                goto fail;
+        for (unsigned i = 0; i < t->nworkers; i++)
+                if ((result = loop_start(&t->workers[i], t, i)) < 0) {
+                        /* workers that run hold t: there is no way back from here but out */
+                        if (i > 0)
+                                abort();
+                        goto fail;
+                }
+        *out = t;
+        return 0;
+fail:
+        if (t->event)
+                event_free(t->event);
+        if (t->mesh)
+                mesh_free(t->mesh);
+        free(t);
+        return result;
+}
+
+int tunnel_settings(struct tunnel *t, const struct tunnel_settings *s)
+{
+        atomic_store(&t->same_node_mtls, s->same_node_mtls);
+        return mesh_settings(t->mesh, s);
+}
+
+/* -- identities --------------------------------------------------------------------------------------------------- */
+
+struct identity *worker_identity(struct worker *w, const char *uri)
+{
+        struct link *shelf = &w->identities[loop_hash(uri)];
+        for (struct link *l = shelf->next; l != shelf; l = l->next) {
+                struct held_identity *h = container(l, struct held_identity, link);
+                if (strcmp(h->identity->uri, uri) == 0)
+                        return h->identity;
+        }
+        return NULL;
+}
+
+static void shelve(struct link *shelf, struct identity *i)
+{
+        struct held_identity *h = calloc(1, sizeof(*h));
+        if (!h)
+                abort(); /* a worker without the certificate that the others have would answer differently */
+        link_init(&h->link);
+        h->identity = identity_ref(i);
+        link_add(shelf, &h->link);
+}
+
+static void unshelve(struct link *shelf, const char *uri)
+{
+        for (struct link *l = shelf->next, *next; l != shelf; l = next) {
+                struct held_identity *h = container(l, struct held_identity, link);
+                next = l->next;
+                if (strcmp(h->identity->uri, uri) != 0)
+                        continue;
+                link_remove(l);
+                identity_unref(h->identity);
+                free(h);
+        }
+}
+
+/* Server tunnels of this identity with another certificate take no new streams. */
+static void retire_servers(struct worker *w, const char *uri, const struct identity *now)
+{
+        for (int i = 0; i < LOOP_HASH; i++)
+                for (struct link *s = w->seats[i].next; s != &w->seats[i]; s = s->next) {
+                        struct seat *seat = container(s, struct seat, link);
+                        if (strcmp(seat->pod->identity, uri) != 0)
+                                continue;
+                        for (struct link *l = seat->tuns.next, *next; l != &seat->tuns; l = next) {
+                                struct tun *t = container(l, struct tun, seat);
+                                next = l->next;
+                                if (t->identity && t->identity != now)
+                                        tun_retire(t);
+                        }
+                }
+}
+
+static void mail_identity(struct worker *w, void *arg)
+{
+        struct identity *i = arg;
+        struct link *shelf = &w->identities[loop_hash(i->uri)];
+        unshelve(shelf, i->uri);
+        shelve(shelf, i);
+        retire_servers(w, i->uri, i);
+        w->look_again = true;
+        loop_wake(w);
+}
+
+static void mail_identity_gone(struct worker *w, void *arg)
+{
+        const char *uri = arg;
+        unshelve(&w->identities[loop_hash(uri)], uri);
+        retire_servers(w, uri, NULL);
+        w->look_again = true;
+        loop_wake(w);
+}
+
+int tunnel_identity_set(struct tunnel *t, const char *identity, const char *key_pem, const char *chain_pem,
+                        const char *roots_pem, int64_t *not_after)
+{
+        struct identity *i;
+        int result = identity_new(&i, identity, key_pem, chain_pem, roots_pem);
+        if (result < 0)
+                return result;
+        *not_after = i->not_after_s;
+        result = loop_all(t, mail_identity, i);
+        if (result == 0) {
+                unshelve(&t->identities, identity);
+                shelve(&t->identities, i);
+                identity_unref(i);
+        }
+        return result;
+}
+
+int tunnel_identity_del(struct tunnel *t, const char *identity)
+{
+        char *uri = strdup(identity);
+        if (!uri)
+                return -ENOMEM;
+        int result = loop_all(t, mail_identity_gone, uri);
+        unshelve(&t->identities, identity);
+        if (result == 0)
+                free(uri);
+        return result;
+}
+
+/* -- pods --------------------------------------------------------------------------------------------------------- */
+
+struct seat *seat_of_workload(struct worker *w, const char *workload)
+{
+        struct link *shelf = &w->seats[loop_hash(workload)];
+        for (struct link *l = shelf->next; l != shelf; l = l->next) {
+                struct seat *s = container(l, struct seat, link);
+                if (strcmp(s->pod->workload, workload) == 0)
+                        return s;
+        }
+        return NULL;
+}
+
+static struct pod *pod_find(struct tunnel *t, const char *uid)
+{
+        for (struct link *l = t->pods.next; l != &t->pods; l = l->next) {
+                struct pod *p = container(l, struct pod, link);
+                if (strcmp(p->uid, uid) == 0)
+                        return p;
+        }
+        return NULL;
+}
+
+static int parse_addresses(struct pod *p, const char *text)
+{
+        char one[64];
+        uint8_t ip[16];
+        for (const char *at = text; *at;) {
+                size_t n = strcspn(at, ",");
+                if (n >= sizeof(one) || p->naddresses == sizeof(p->addresses) / sizeof(*p->addresses))
+                        return -EINVAL;
+                memcpy(one, at, n);
+                one[n] = 0;
+                bool four = inet_pton(AF_INET, one, ip) == 1;
+                if (!four && inet_pton(AF_INET6, one, ip) != 1)
+                        return -EINVAL;
+                addr_from_bytes(&p->addresses[p->naddresses++], ip, four ? 4 : 16);
+                at += n + (at[n] == ',');
+        }
+        return 0;
+}
+
+static int dup_fd(int fd, int *out)
+{
+        *out = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
+        return fd >= 0 && *out < 0 ? -errno : 0;
+}
+
+static int pod_new(struct pod **out, const struct tunnel_pod *d, int netns, int listeners, int engine_sk)
+{
+        struct pod *p = calloc(1, sizeof(*p));
+        struct stat own, theirs;
+        if (!p)
+                return -ENOMEM;
+        atomic_init(&p->refs, 1);
+        link_init(&p->link);
+        pthread_mutex_init(&p->lock, NULL);
+        p->netns = p->engine_sk = p->listeners_map = -1;
+        for (int r = 0; r < ROLES; r++)
+                for (int i = 0; i < MAX_WORKERS; i++)
+                        p->fds[r][i] = -1;
+        p->uid = strdup(d->uid);
+        p->namespace_ = strdup(d->namespace_);
+        p->name = strdup(d->name);
+        p->service_account = strdup(d->service_account);
+        p->workload = strdup(d->workload);
+        p->identity = strdup(d->identity);
+        p->tuples = calloc(POD_TUPLES, sizeof(*p->tuples));
+        p->netns_cookie = d->netns_cookie;
+        p->netns_ino = d->netns_ino;
+        int result = -ENOMEM;
+        if (!p->uid || !p->namespace_ || !p->name || !p->service_account || !p->workload || !p->identity || !p->tuples)
+                goto fail;
+        if ((result = parse_addresses(p, d->addresses)) < 0 || (result = dup_fd(netns, &p->netns)) < 0 ||
+            (result = dup_fd(listeners, &p->listeners_map)) < 0 || (result = dup_fd(engine_sk, &p->engine_sk)) < 0)
+                goto fail;
+        result = -EINVAL;
+        if (fstat(netns, &theirs) < 0 || stat("/proc/self/ns/net", &own) < 0 || own.st_ino == theirs.st_ino)
+                goto fail;
+        *out = p;
+        return 0;
+fail:
+        if (!p->tuples)
+                p->tuples = calloc(POD_TUPLES, sizeof(*p->tuples));
+        if (!p->tuples)
+                abort();
+        pod_unref(p);
+        return result;
+}
+
+static void mail_pod(struct worker *w, void *arg)
+{
+        struct pod *p = arg;
+        struct seat *s = calloc(1, sizeof(*s));
+        if (!s)
+                abort();
+        link_init(&s->link);
+        link_init(&s->flows);
+        link_init(&s->tuns);
+        s->pod = pod_ref(p);
+        link_add(&w->seats[loop_hash(p->workload)], &s->link);
+        for (int role = 0; role < ROLES; role++) {
+                struct listener *l = calloc(1, sizeof(*l));
+                if (!l)
+                        abort();
+                l->io = (struct io){.type = IO_LISTENER, .fd = p->fds[role][w->index]};
+                link_init(&l->dead);
+                l->role = (enum role)role;
+                l->seat = s;
+                s->listeners[role] = l;
+                if (loop_watch(w, &l->io) < 0)
+                        abort(); /* a listener that nobody watches would hang connections */
+        }
+        w->look_again = true;
+        loop_wake(w);
+}
+
+static void mail_pod_gone(struct worker *w, void *arg)
+{
+        const struct pod *p = arg;
+        struct seat *s = NULL;
+        for (struct link *l = w->seats[loop_hash(p->workload)].next; l != &w->seats[loop_hash(p->workload)];
+             l = l->next)
+                if (container(l, struct seat, link)->pod == p)
+                        s = container(l, struct seat, link);
+        if (!s)
+                return;
+        conn_abort_seat(w, s);
+        /* flows of other pods towards this one */
+        for (int i = 0; i < LOOP_HASH; i++)
+                for (struct link *x = w->seats[i].next; x != &w->seats[i]; x = x->next) {
+                        struct seat *other = container(x, struct seat, link);
+                        for (struct link *l = other->flows.next, *next; l != &other->flows; l = next) {
+                                struct flow *f = container(l, struct flow, seat);
+                                next = l->next;
+                                if (f->target == p)
+                                        flow_reset(f, FLAG_CONNECT, "the pod left the mesh");
+                        }
+                }
+        for (int role = 0; role < ROLES; role++) {
+                close(s->listeners[role]->io.fd);
+                s->listeners[role]->io.fd = -1;
+                /* events of this turn may still name it: it is freed with the next dead of this worker */
+                link_add(&w->dead_listeners, &s->listeners[role]->dead);
+        }
+        link_remove(&s->link);
+        pod_unref(s->pod);
+        free(s);
+}
+
+static int pod_remove(struct tunnel *t, struct pod *p)
+{
+        int result = loop_all(t, mail_pod_gone, p);
+        link_remove(&p->link);
+        if (result == 0)
+                pod_unref(p);
+        return result;
+}
+
+int tunnel_pod_add(struct tunnel *t, const struct tunnel_pod *d, int netns, int listeners, int engine_sk,
+                   struct tunnel_ports *ports)
+{
+        struct pod *p = pod_find(t, d->uid);
+        char why[128] = "";
+        int result;
+        if (p && p->netns_cookie == d->netns_cookie && strcmp(p->identity, d->identity) == 0) {
+                /* the maps may be new ones: agents load programs anew when pins were lost */
+                atomic_store(&p->mode, TUNNEL_SERVING);
+                if ((result = pod_revive(p, listeners, engine_sk, t->nworkers)) < 0)
+                        return result;
+                *ports = p->ports;
+                return 0;
+        }
+        if (p && (result = pod_remove(t, p)) < 0)
+                return result;
+        if ((result = pod_new(&p, d, netns, listeners, engine_sk)) < 0)
+                return result;
+        if ((result = pod_open(p, t->nworkers, why, sizeof(why))) < 0) {
+                event_log(t->event, NULL, "error", "pod=\"%s/%s\" error=\"%s\"", d->namespace_, d->name, why);
+                pod_unref(p);
+                return result;
+        }
+        if ((result = loop_all(t, mail_pod, p)) < 0)
+                return result; /* a stuck worker: p stays with those that have it */
+        link_add(&t->pods, &p->link);
+        if ((result = pod_serve(p)) < 0) {
+                pod_remove(t, p);
+                return result;
+        }
+        *ports = p->ports;
+        return 0;
+}
+
+int tunnel_pod_mode(struct tunnel *t, const char *uid, int mode)
+{
+        struct pod *p = pod_find(t, uid);
+        if (!p)
+                return -ENOENT;
+        if (mode != TUNNEL_SERVING && mode != TUNNEL_DRAINING)
+                return -EINVAL;
+        atomic_store(&p->mode, mode);
+        if (mode == TUNNEL_DRAINING) {
+                struct timespec now;
+                clock_gettime(CLOCK_MONOTONIC, &now);
+                atomic_store(&p->last_ms, (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000);
+        }
+        return 0;
+}
+
+int tunnel_pod_del(struct tunnel *t, const char *uid)
+{
+        struct pod *p = pod_find(t, uid);
+        return p ? pod_remove(t, p) : 0;
+}
+
+int tunnel_pod_stats(struct tunnel *t, const char *uid, struct tunnel_pod_stats *out)
+{
+        struct pod *p = pod_find(t, uid);
+        struct timespec now;
+        if (!p)
+                return -ENOENT;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        uint64_t now_ms = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000,
+                 last = atomic_load(&p->last_ms);
+        *out = (struct tunnel_pod_stats){.connections = atomic_load(&p->connections),
+                                         .quiet_ms = now_ms > last ? now_ms - last : 0,
+                                         .held = atomic_load(&p->held)};
+        return 0;
+}
+
+/* -- state -------------------------------------------------------------------------------------------------------- */
+
+static void wake_reader(void *arg, unsigned reader)
+{
+        struct tunnel *t = arg;
+        loop_wake(&t->workers[reader]);
+}
+
+int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len)
+{
+        const int needed = F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW;
+        struct stat st;
+        int seals = fcntl(memfd, F_GET_SEALS);
+        if (report_len)
+                report[0] = 0;
+        if (seals < 0 || (seals & needed) != needed || fstat(memfd, &st) < 0)
+                return -EPERM;
+        if (st.st_size <= 0 || st.st_size > BATCH_MAX)
+                return -EBADMSG;
+        void *batch = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, memfd, 0);
+        if (batch == MAP_FAILED)
+                return -errno;
+        int result = mesh_apply(t->mesh, batch, (size_t)st.st_size, report, report_len);
+        munmap(batch, (size_t)st.st_size);
+        return result < 0 ? result : mesh_sync(t->mesh, wake_reader, t);
+}
+
+void tunnel_counts(struct tunnel *t, struct tunnel_counts *out)
+{
+        struct mesh_counts counts;
+        mesh_counts(t->mesh, &counts);
+        *out = (struct tunnel_counts){counts.workloads, counts.services, counts.policies};
+}
+
+int tunnel_metrics(struct tunnel *t, int fd)
+{
+        return event_metrics(t->event, fd);
+}
+
+const char *tunnel_openssl_version(void)
+{
+        return OpenSSL_version(OPENSSL_VERSION);
+}
+
+/* -- dumps -------------------------------------------------------------------------------------------------------- */
+
+struct dump {
+        FILE *out;
+        pthread_mutex_t lock;
+        bool tunnels, any;
+};
+
+static void json_text(FILE *out, const char *key, const char *text)
+{
+        fprintf(out, "\"%s\":\"", key);
+        for (; text && *text; text++) {
+                if (*text == '"' || *text == '\\')
+                        fprintf(out, "\\%c", *text);
+                else if ((unsigned char)*text < 32)
+                        fprintf(out, "\\u%04x", *text);
+                else
+                        fputc(*text, out);
+        }
+        fputc('"', out);
+}
+
+static void comma(struct dump *d)
+{
+        fputs(d->any ? ",\n" : "\n", d->out);
+        d->any = true;
+}
+
+static void dump_flow(struct dump *d, const struct flow *f)
+{
+        static const char *const states[] = {
+                [FLOW_HELD] = "held",       [FLOW_UNKNOWN] = "held", [FLOW_CONNECTING] = "connecting",
+                [FLOW_WAITING] = "waiting", [FLOW_ASKED] = "asked",  [FLOW_RELAY] = "open",
+                [FLOW_DEAD] = "ended"};
+        char text[ENDPOINT_STRLEN];
+        bool out = f->way == WAY_OUTBOUND;
+        comma(d);
+        fputc('{', d->out);
+        fprintf(d->out, "\"pod\":\"%s/%s\",", f->pod->namespace_, f->pod->name);
+        json_text(d->out, "direction", out ? "outbound" : "inbound");
+        fputc(',', d->out);
+        json_text(d->out, "state", states[f->state]);
+        fputc(',', d->out);
+        json_text(d->out, "src", endpoint_format(&f->src, text));
+        fputc(',', d->out);
+        json_text(d->out, "dst", endpoint_format(&f->dst, text));
+        fputc(',', d->out);
+        json_text(d->out, "hop", f->hop.port ? endpoint_format(&f->hop, text) : "");
+        fputc(',', d->out);
+        json_text(d->out, "protocol", f->by_hbone ? "HBONE" : f->local ? "local" : "TCP");
+        fputc(',', d->out);
+        json_text(d->out, "identity_peer", f->peer);
+        fputc(',', d->out);
+        json_text(d->out, "service", f->service_host);
+        fprintf(d->out, ",\"tls\":%s,\"bytes_sent\":%llu,\"bytes_recv\":%llu,\"age_ms\":%llu}",
+                f->by_hbone ? "true" : "false", (unsigned long long)(out ? f->sent : f->received),
+                (unsigned long long)(out ? f->received : f->sent), (unsigned long long)(f->w->now_ms - f->opened_ms));
+}
+
+static void dump_tun(struct dump *d, const struct tun *t)
+{
+        static const char *const states[] = {[TUN_HELD] = "held",
+                                             [TUN_CONNECTING] = "connecting",
+                                             [TUN_HANDSHAKE] = "handshake",
+                                             [TUN_OPEN] = "open",
+                                             [TUN_DEAD] = "ended"};
+        char text[ENDPOINT_STRLEN];
+        comma(d);
+        fprintf(d->out, "{\"pod\":\"%s/%s\",", t->pod->namespace_, t->pod->name);
+        json_text(d->out, "direction", t->server ? "inbound" : "outbound");
+        fputc(',', d->out);
+        json_text(d->out, "state", states[t->state]);
+        fputc(',', d->out);
+        json_text(d->out, "remote", endpoint_format(&t->remote, text));
+        fputc(',', d->out);
+        json_text(d->out, "local", endpoint_format(&t->local, text));
+        fputc(',', d->out);
+        json_text(d->out, "identity_peer", t->peer);
+        fprintf(d->out, ",\"streams\":%u,\"waiting\":%u,\"retired\":%s,\"worker\":%u,\"age_ms\":%llu}", t->nstreams,
+                t->nwaiting, t->no_new ? "true" : "false", t->w->index,
+                (unsigned long long)(t->w->now_ms - t->opened_ms));
+}
+
+static void mail_dump(struct worker *w, void *arg)
+{
+        struct dump *d = arg;
+        pthread_mutex_lock(&d->lock);
+        for (int i = 0; i < LOOP_HASH; i++)
+                for (struct link *s = w->seats[i].next; s != &w->seats[i]; s = s->next) {
+                        struct seat *seat = container(s, struct seat, link);
+                        struct link *head = d->tunnels ? &seat->tuns : &seat->flows;
+                        for (struct link *l = head->next; l != head; l = l->next) {
+                                if (d->tunnels)
+                                        dump_tun(d, container(l, struct tun, seat));
+                                else
+                                        dump_flow(d, container(l, struct flow, seat));
+                        }
+                }
+        pthread_mutex_unlock(&d->lock);
+}
+
+static void dump_pods(struct tunnel *t, struct dump *d)
+{
+        for (struct link *l = t->pods.next; l != &t->pods; l = l->next) {
+                struct pod *p = container(l, struct pod, link);
+                struct tunnel_pod_stats stats;
+                tunnel_pod_stats(t, p->uid, &stats);
+                comma(d);
+                fputc('{', d->out);
+                json_text(d->out, "uid", p->uid);
+                fputc(',', d->out);
+                json_text(d->out, "namespace", p->namespace_);
+                fputc(',', d->out);
+                json_text(d->out, "name", p->name);
+                fputc(',', d->out);
+                json_text(d->out, "identity", p->identity);
+                fputc(',', d->out);
+                json_text(d->out, "mode", atomic_load(&p->mode) == TUNNEL_SERVING ? "serving" : "draining");
+                fprintf(d->out,
+                        ",\"netns_cookie\":%llu,\"netns_ino\":%llu,\"ports\":{\"outbound\":%u,\"inbound\":%u,\"hbone\":"
+                        "%u},"
+                        "\"connections\":%llu,\"streams_quiet_ms\":%llu,\"held\":%llu,\"buffered\":%llu}",
+                        (unsigned long long)p->netns_cookie, (unsigned long long)p->netns_ino, p->ports.outbound,
+                        p->ports.inbound, p->ports.hbone, (unsigned long long)stats.connections,
+                        (unsigned long long)stats.quiet_ms, (unsigned long long)stats.held,
+                        (unsigned long long)atomic_load(&p->buffered));
+        }
+}
+
+static void dump_identities(struct tunnel *t, struct dump *d)
+{
+        for (struct link *l = t->identities.next; l != &t->identities; l = l->next) {
+                struct identity *i = container(l, struct held_identity, link)->identity;
+                comma(d);
+                fputc('{', d->out);
+                json_text(d->out, "id", i->uri);
+                fputc(',', d->out);
+                json_text(d->out, "serial", i->serial);
+                fprintf(d->out, ",\"not_after\":%lld}", (long long)i->not_after_s);
+        }
+}
+
+int tunnel_dump(struct tunnel *t, const char *what, int fd)
+{
+        if (strcmp(what, "workloads") == 0 || strcmp(what, "services") == 0 || strcmp(what, "policies") == 0 ||
+            strcmp(what, "versions") == 0)
+                return mesh_dump(t->mesh, what, fd);
+        bool flows = strcmp(what, "connections") == 0, tunnels = strcmp(what, "tunnels") == 0,
+             pods = strcmp(what, "pods") == 0;
+        if (!flows && !tunnels && !pods && strcmp(what, "identities") != 0)
+                return -EINVAL;
+        int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3), result = 0;
+        struct dump d = {
+                .out = copy < 0 ? NULL : fdopen(copy, "w"), .lock = PTHREAD_MUTEX_INITIALIZER, .tunnels = tunnels};
+        if (!d.out) {
+                result = -errno;
+                if (copy >= 0)
+                        close(copy);
+                return result;
+        }
+        fputc('[', d.out);
+        if (flows || tunnels)
+                result = loop_all(t, mail_dump, &d);
+        else if (pods)
+                dump_pods(t, &d);
+        else
+                dump_identities(t, &d);
+        fputs("\n]\n", d.out);
+        if (fclose(d.out) != 0 && result == 0)
+                result = -EIO;
+        return result;
+}
+
+void tunnel_free(struct tunnel *t)
+{
+        while (!link_alone(&t->pods))
+                if (pod_remove(t, container(t->pods.next, struct pod, link)) < 0)
+                        abort(); /* a stuck worker: nothing can be freed under it */
+        for (unsigned i = 0; i < t->nworkers; i++)
+                loop_stop(&t->workers[i]);
+        while (!link_alone(&t->identities))
+                unshelve(&t->identities, container(t->identities.next, struct held_identity, link)->identity->uri);
+        for (unsigned i = 0; i < t->nworkers; i++)
+                for (int h = 0; h < LOOP_HASH; h++)
+                        while (!link_alone(&t->workers[i].identities[h]))
+                                unshelve(&t->workers[i].identities[h],
+                                         container(t->workers[i].identities[h].next, struct held_identity, link)
+                                                 ->identity->uri);
+        mesh_free(t->mesh);
+        event_free(t->event);
+        free(t);
+}

@@ -1,0 +1,373 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Theory of operation
+ *
+ * Sockets of pods are made by a thread that enters the pod's network namespace and comes back (two setns, about 4 us);
+ * a thread that cannot come back would open the next pod's sockets in the wrong place, so the process aborts. A socket
+ * belongs to its namespace for good.
+ *
+ * Each pod has three listeners, each a SO_REUSEPORT group with one socket per worker; the SOCKMAP holds one of each
+ * group and sk_lookup lets the kernel choose within it. Their own ports do not matter and are taken at random from
+ * 61000 to 65535, outside ip_local_port_range: a held port is one that the application cannot bind. All sockets of ours
+ * carry an entry in the pod's `engine_sk` storage, which tells the programs that they are ours; it is written before
+ * listen() and before connect(), so that no packet is without it.
+ *
+ * Sockets towards applications reset when they are closed before both directions ended (SO_LINGER 1, 0): also when this
+ * process is killed. A truncated stream must never look complete.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/bpf.h>
+#include <netinet/tcp.h>
+#include <sched.h>
+#include <stdio.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include "pod.h"
+
+#define ENGINE_MARK 0x539
+#define PORT_FIRST 61000
+#define PORT_COUNT (65536 - PORT_FIRST)
+#define BACKLOG 4096
+#define TRIES 64
+
+#ifndef IPV6_FREEBIND
+#define IPV6_FREEBIND 78
+#endif
+#ifndef IP_BIND_ADDRESS_NO_PORT
+#define IP_BIND_ADDRESS_NO_PORT 24
+#endif
+
+static int map_update(int map, const void *key, const void *value)
+{
+        union bpf_attr attr;
+        memset(&attr, 0, sizeof(attr));
+        attr.map_fd = (uint32_t)map;
+        attr.key = (uintptr_t)key;
+        attr.value = (uintptr_t)value;
+        attr.flags = BPF_ANY;
+        return syscall(SYS_bpf, BPF_MAP_UPDATE_ELEM, &attr, sizeof(attr)) < 0 ? -errno : 0;
+}
+
+/* In the storage of the pod's programs: this socket is the engine's. */
+static int mark_ours(const struct pod *p, int fd)
+{
+        uint32_t one = 1;
+        return p->engine_sk < 0 ? 0 : map_update(p->engine_sk, &fd, &one);
+}
+
+static int own_netns(void)
+{
+        static _Thread_local int fd = -1;
+        if (fd < 0)
+                fd = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+        return fd;
+}
+
+static int socket_inside(const struct pod *p, int family)
+{
+        int back = own_netns();
+        if (back < 0 || setns(p->netns, CLONE_NEWNET) < 0)
+                return -errno;
+        int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), error = errno;
+        if (setns(back, CLONE_NEWNET) < 0) {
+                fprintf(stderr, "engine: cannot leave a pod's network namespace: %s\n", strerror(errno));
+                abort();
+        }
+        return fd < 0 ? -error : fd;
+}
+
+static int set_int(int fd, int level, int option, int value)
+{
+        return setsockopt(fd, level, option, &value, sizeof(value)) < 0 ? -errno : 0;
+}
+
+static void linger_reset(int fd)
+{
+        struct linger l = {.l_onoff = 1, .l_linger = 0};
+        setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof(l));
+}
+
+/* IP_TRANSPARENT lets an IPv4 listener answer for addresses that are not the pod's; IPv6 does not need it to accept. */
+static int transparent(int fd, int family)
+{
+        int result = set_int(fd, SOL_IP, IP_TRANSPARENT, 1);
+        if (family == AF_INET6)
+                result = set_int(fd, SOL_IPV6, IPV6_TRANSPARENT, 1);
+        return result;
+}
+
+static int listener_open(struct pod *p, enum role role, uint16_t port)
+{
+        int family = p->ipv6 ? AF_INET6 : AF_INET, fd = socket_inside(p, family), result;
+        struct sockaddr_storage any = {.ss_family = (sa_family_t)family};
+        if (fd < 0)
+                return fd;
+        if (family == AF_INET6) {
+                ((struct sockaddr_in6 *)&any)->sin6_port = htons(port);
+                set_int(fd, SOL_IPV6, IPV6_V6ONLY, 0);
+        } else {
+                ((struct sockaddr_in *)&any)->sin_port = htons(port);
+        }
+        set_int(fd, SOL_SOCKET, SO_MARK, ENGINE_MARK);
+        set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+        if (role != ROLE_HBONE)
+                linger_reset(fd);
+        else
+                set_int(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 20000);
+        if ((result = transparent(fd, family)) < 0 || (result = set_int(fd, SOL_SOCKET, SO_REUSEPORT, 1)) < 0 ||
+            (result = mark_ours(p, fd)) < 0)
+                goto fail;
+        if (bind(fd, (struct sockaddr *)&any,
+                 family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in)) < 0 ||
+            listen(fd, BACKLOG) < 0) {
+                result = -errno;
+                goto fail;
+        }
+        return fd;
+fail:
+        close(fd);
+        return result;
+}
+
+static bool has_ipv6(const struct pod *p)
+{
+        int fd = socket_inside(p, AF_INET6);
+        if (fd < 0)
+                return false;
+        struct sockaddr_in6 lo = {.sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+        bool yes = bind(fd, (struct sockaddr *)&lo, sizeof(lo)) == 0;
+        close(fd);
+        return yes;
+}
+
+static void close_role(struct pod *p, int role, unsigned workers)
+{
+        for (unsigned i = 0; i < workers; i++) {
+                if (p->fds[role][i] >= 0)
+                        close(p->fds[role][i]);
+                p->fds[role][i] = -1;
+        }
+}
+
+/* One role: the same free port for all workers. */
+static int open_role(struct pod *p, enum role role, unsigned workers, uint16_t *port)
+{
+        int result = -EADDRINUSE;
+        unsigned seed = (unsigned)p->netns_cookie ^ (unsigned)getpid() ^ (unsigned)(uintptr_t)p;
+        for (int attempt = 0; attempt < TRIES && result == -EADDRINUSE; attempt++) {
+                *port = (uint16_t)(PORT_FIRST + (unsigned)rand_r(&seed) % PORT_COUNT);
+                result = 0;
+                for (unsigned i = 0; i < workers && result == 0; i++) {
+                        int fd = listener_open(p, role, *port);
+                        p->fds[role][i] = fd;
+                        if (fd < 0)
+                                result = fd;
+                }
+                if (result < 0)
+                        close_role(p, role, workers);
+        }
+        return result;
+}
+
+int pod_open(struct pod *p, unsigned workers, char *error, size_t n)
+{
+        uint16_t *ports[ROLES] = {&p->ports.outbound, &p->ports.inbound, &p->ports.hbone};
+        p->ipv6 = has_ipv6(p);
+        for (int role = 0; role < ROLES; role++) {
+                int result = open_role(p, (enum role)role, workers, ports[role]);
+                if (result < 0) {
+                        snprintf(error, n, "listener %d: %s", role, strerror(-result));
+                        while (--role >= 0)
+                                close_role(p, role, workers);
+                        return result;
+                }
+        }
+        return 0;
+}
+
+/* In service: sk_lookup finds the group through one of its sockets. */
+int pod_serve(struct pod *p)
+{
+        for (uint32_t role = 0; role < ROLES && p->listeners_map >= 0; role++) {
+                uint64_t fd = (uint64_t)p->fds[role][0];
+                int result = map_update(p->listeners_map, &role, &fd);
+                if (result < 0)
+                        return result;
+        }
+        return 0;
+}
+
+int pod_revive(struct pod *p, int listeners_map, int engine_sk, unsigned workers)
+{
+        int fds[2] = {fcntl(listeners_map, F_DUPFD_CLOEXEC, 3), fcntl(engine_sk, F_DUPFD_CLOEXEC, 3)};
+        if (fds[0] < 0 || fds[1] < 0) {
+                for (int i = 0; i < 2; i++)
+                        if (fds[i] >= 0)
+                                close(fds[i]);
+                return listeners_map < 0 || engine_sk < 0 ? 0 : -errno;
+        }
+        /* workers may be connecting with the old number: it keeps its place */
+        if (dup3(fds[0], p->listeners_map, O_CLOEXEC) < 0 || dup3(fds[1], p->engine_sk, O_CLOEXEC) < 0)
+                return -errno;
+        close(fds[0]);
+        close(fds[1]);
+        for (int role = 0; role < ROLES; role++)
+                for (unsigned i = 0; i < workers; i++) {
+                        int result = mark_ours(p, p->fds[role][i]);
+                        if (result < 0)
+                                return result;
+                }
+        return pod_serve(p);
+}
+
+int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app)
+{
+        struct sockaddr_storage address;
+        int family = addr_is_v4(&to->addr) ? AF_INET : AF_INET6, fd = socket_inside(p, family), result;
+        if (fd < 0)
+                return fd;
+        set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+        set_int(fd, SOL_SOCKET, SO_MARK, ENGINE_MARK);
+        if ((result = mark_ours(p, fd)) < 0)
+                goto fail;
+        if (towards_app)
+                linger_reset(fd);
+        if (source) {
+                set_int(fd, family == AF_INET ? SOL_IP : SOL_IPV6,
+                        family == AF_INET ? IP_TRANSPARENT : IPV6_TRANSPARENT, 1);
+                set_int(fd, family == AF_INET ? SOL_IP : SOL_IPV6, family == AF_INET ? IP_FREEBIND : IPV6_FREEBIND, 1);
+                if (source->port == 0)
+                        set_int(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1);
+                else
+                        set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+                socklen_t length = addr_to_sockaddr(source, &address);
+                if (bind(fd, (struct sockaddr *)&address, length) < 0) {
+                        result = -errno;
+                        goto fail;
+                }
+        }
+        socklen_t length = addr_to_sockaddr(to, &address);
+        if (connect(fd, (struct sockaddr *)&address, length) < 0 && errno != EINPROGRESS) {
+                result = -errno;
+                goto fail;
+        }
+        return fd;
+fail:
+        close(fd);
+        return result;
+}
+
+struct pod *pod_ref(struct pod *p)
+{
+        atomic_fetch_add_explicit(&p->refs, 1, memory_order_relaxed);
+        return p;
+}
+
+void pod_unref(struct pod *p)
+{
+        if (!p || atomic_fetch_sub(&p->refs, 1) != 1)
+                return;
+        int fds[] = {p->netns, p->engine_sk, p->listeners_map};
+        for (unsigned i = 0; i < 3; i++)
+                if (fds[i] >= 0)
+                        close(fds[i]);
+        for (int i = 0; i < POD_TUPLES; i++)
+                while (p->tuples[i]) {
+                        struct tuple *t = p->tuples[i];
+                        p->tuples[i] = t->next;
+                        free(t);
+                }
+        free(p->tuples);
+        pthread_mutex_destroy(&p->lock);
+        char *texts[] = {p->uid, p->namespace_, p->name, p->service_account, p->workload, p->identity};
+        for (unsigned i = 0; i < sizeof(texts) / sizeof(*texts); i++)
+                free(texts[i]);
+        free(p);
+}
+
+bool pod_has(const struct pod *p, const struct addr *a)
+{
+        for (unsigned i = 0; i < p->naddresses; i++)
+                if (addr_equal(&p->addresses[i], a))
+                        return true;
+        return false;
+}
+
+bool pod_owns_port(const struct pod *p, uint16_t port)
+{
+        return port == p->ports.outbound || port == p->ports.inbound || port == p->ports.hbone;
+}
+
+/* -- tuples ------------------------------------------------------------------------------------------------------- */
+
+static struct tuple **bucket(struct pod *p, const struct endpoint *e)
+{
+        uint32_t h = 2166136261u ^ e->port;
+        for (int i = 0; i < 16; i++)
+                h = (h ^ e->addr.ip[i]) * 16777619u;
+        return &p->tuples[h % POD_TUPLES];
+}
+
+static struct tuple *find(struct pod *p, const struct endpoint *e)
+{
+        struct tuple *t = *bucket(p, e);
+        while (t && (t->end.port != e->port || !addr_equal(&t->end.addr, &e->addr)))
+                t = t->next;
+        return t;
+}
+
+static void add_locked(struct pod *p, const struct endpoint *e, bool own)
+{
+        struct tuple *t = calloc(1, sizeof(*t)), **b = bucket(p, e);
+        if (!t)
+                return; /* then a lost tag is not recognised; the connection is refused elsewhere for want of identity
+                         */
+        *t = (struct tuple){.next = *b, .end = *e, .own = own};
+        *b = t;
+}
+
+void pod_tuple_add(struct pod *p, const struct endpoint *e, bool own)
+{
+        pthread_mutex_lock(&p->lock);
+        add_locked(p, e, own);
+        pthread_mutex_unlock(&p->lock);
+}
+
+void pod_tuple_remove(struct pod *p, const struct endpoint *e)
+{
+        pthread_mutex_lock(&p->lock);
+        for (struct tuple **t = bucket(p, e); *t; t = &(*t)->next)
+                if ((*t)->end.port == e->port && addr_equal(&(*t)->end.addr, &e->addr)) {
+                        struct tuple *gone = *t;
+                        *t = gone->next;
+                        free(gone);
+                        break;
+                }
+        pthread_mutex_unlock(&p->lock);
+}
+
+bool pod_tuple_is_own(struct pod *p, const struct endpoint *e)
+{
+        pthread_mutex_lock(&p->lock);
+        struct tuple *t = find(p, e);
+        bool own = t && t->own;
+        pthread_mutex_unlock(&p->lock);
+        return own;
+}
+
+uint16_t pod_tuple_port(struct pod *p, const struct addr *client, uint64_t random)
+{
+        struct endpoint e = {.addr = *client};
+        uint16_t found = 0;
+        pthread_mutex_lock(&p->lock);
+        for (unsigned i = 0; i < 256 && !found; i++) {
+                e.port = (uint16_t)(32768 + (random + i * 7919) % 28000);
+                if (!find(p, &e))
+                        found = e.port;
+        }
+        if (found)
+                add_locked(p, &e, true);
+        pthread_mutex_unlock(&p->lock);
+        return found;
+}

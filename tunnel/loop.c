@@ -1,0 +1,301 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Theory of operation
+ *
+ * Edge-triggered epoll: every socket is added once, for reading and writing, and never changed; `readable` and
+ * `writable` are remembered until a call says EAGAIN (or a short read shows that there was no more). One turn of the
+ * loop: adopt the newest state of the mesh, take mail, take events, run what is ready, write what the tunnels have, run
+ * out deadlines, free the dead. Nothing blocks.
+ *
+ * The control thread speaks to a worker by mail: a function that runs inside it. It waits for the answer with a
+ * deadline; a worker that does not answer for 10 s is stuck, and the command fails.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+#include "conn.h"
+#include "hbone.h"
+#include "loop.h"
+#include "pod.h"
+
+#define MAIL_DEADLINE_MS 10000
+
+static const uint64_t lengths_ms[TIMER_LENGTHS] = {
+        [TIMER_1S] = 1000,   [TIMER_5S] = 5000,     [TIMER_10S] = 10000,  [TIMER_15S] = 15000,
+        [TIMER_20S] = 20000, [TIMER_5MIN] = 300000, [TIMER_1H] = 3600000,
+};
+
+static uint64_t clock_ms(void)
+{
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+uint64_t loop_random(struct worker *w)
+{
+        /* xorshift64*: for choice, not for secrets */
+        w->random ^= w->random >> 12;
+        w->random ^= w->random << 25;
+        w->random ^= w->random >> 27;
+        return w->random * 2685821657736338717ull;
+}
+
+int loop_watch(struct worker *w, struct io *io)
+{
+        struct epoll_event e = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = io};
+        if (io->type == IO_LISTENER || io->type == IO_WAKE)
+                e.events = EPOLLIN;
+        return epoll_ctl(w->epoll, EPOLL_CTL_ADD, io->fd, &e) < 0 ? -errno : 0;
+}
+
+void timer_set(struct worker *w, struct timer *t, enum timer_kind kind, enum timer_length length)
+{
+        t->kind = kind;
+        t->due_ms = w->now_ms + lengths_ms[length];
+        link_add(&w->timers[length], &t->link);
+}
+
+static void run_timers(struct worker *w)
+{
+        for (int i = 0; i < TIMER_LENGTHS; i++) {
+                while (!link_alone(&w->timers[i])) {
+                        struct timer *t = container(w->timers[i].next, struct timer, link);
+                        if (t->due_ms > w->now_ms)
+                                break;
+                        timer_stop(t);
+                        if (t->kind == TIMER_FLOW)
+                                flow_expired(container(t, struct flow, timer));
+                        else if (t->kind == TIMER_TUN)
+                                tun_expired(container(t, struct tun, timer));
+                        else
+                                tun_ping(container(t, struct tun, ping));
+                }
+        }
+}
+
+/* Milliseconds until the next deadline, at most a second. */
+static int patience(const struct worker *w)
+{
+        uint64_t next = w->now_ms + 1000;
+        if (!link_alone(&w->ready) || !link_alone(&w->dirty) || !link_alone(&w->unread))
+                return 0;
+        for (int i = 0; i < TIMER_LENGTHS; i++) {
+                if (link_alone(&w->timers[i]))
+                        continue;
+                const struct timer *t = container(w->timers[i].next, struct timer, link);
+                if (t->due_ms < next)
+                        next = t->due_ms;
+        }
+        return next > w->now_ms ? (int)(next - w->now_ms) : 0;
+}
+
+static void take_mail(struct worker *w)
+{
+        pthread_mutex_lock(&w->mail_lock);
+        struct mail *m = w->mail, *oldest = NULL;
+        w->mail = NULL;
+        pthread_mutex_unlock(&w->mail_lock);
+        while (m) {
+                struct mail *next = m->next;
+                m->next = oldest;
+                oldest = m;
+                m = next;
+        }
+        while (oldest) {
+                struct mail *next = oldest->next;
+                atomic_uint *left = oldest->left;
+                oldest->run(w, oldest->arg);
+                free(oldest);
+                atomic_fetch_sub(left, 1);
+                oldest = next;
+        }
+}
+
+static void dispatch(struct worker *w, struct epoll_event *e)
+{
+        struct io *io = e->data.ptr;
+        if (io->fd < 0)
+                return;
+        if (e->events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+                io->readable = true;
+        if (e->events & (EPOLLOUT | EPOLLHUP | EPOLLERR))
+                io->writable = true;
+        if (e->events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+                io->hangup = true;
+        switch (io->type) {
+        case IO_WAKE: {
+                uint64_t n;
+                if (read(io->fd, &n, sizeof(n)) < 0)
+                        break; /* woken for what is there already */
+                break;
+        }
+        case IO_LISTENER:
+                conn_accept(w, container(io, struct listener, io));
+                break;
+        case IO_SIDE:
+                flow_event(side_of(io));
+                break;
+        case IO_TUN:
+                tun_event(container(io, struct tun, io));
+                break;
+        }
+}
+
+static void free_dead_listeners(struct worker *w)
+{
+        while (!link_alone(&w->dead_listeners)) {
+                struct listener *l = container(w->dead_listeners.next, struct listener, dead);
+                link_remove(&l->dead);
+                free(l);
+        }
+}
+
+static void *loop_run(void *arg)
+{
+        struct worker *w = arg;
+        struct epoll_event events[256];
+        while (!w->stop) {
+                int n = epoll_wait(w->epoll, events, 256, patience(w));
+                w->now_ms = clock_ms();
+                w->view = mesh_view(w->engine->mesh, w->index);
+                if (w->generation != view_generation(w->view) || w->look_again) {
+                        w->generation = view_generation(w->view);
+                        w->look_again = false;
+                        conn_state_changed(w);
+                }
+                take_mail(w);
+                for (int i = 0; i < n; i++)
+                        dispatch(w, &events[i]);
+                for (struct link *l = w->ready.next, *end = w->ready.prev; !link_alone(&w->ready);) {
+                        /* those that are ready now, once: what becomes ready again meanwhile waits for the next turn */
+                        struct link *next = l->next;
+                        bool last = l == end;
+                        link_remove(l);
+                        flow_run(container(l, struct flow, ready));
+                        if (last || next == &w->ready)
+                                break;
+                        l = next;
+                }
+                for (struct link *end = w->unread.prev, *l; !link_alone(&w->unread);) {
+                        l = w->unread.next;
+                        link_remove(l);
+                        tun_event(container(l, struct tun, unread));
+                        if (l == end)
+                                break;
+                }
+                tun_flush_dirty(w);
+                run_timers(w);
+                conn_free_dead(w);
+                tun_free_dead(w);
+                free_dead_listeners(w);
+        }
+        conn_abort_all(w);
+        conn_free_dead(w);
+        tun_free_dead(w);
+        free_dead_listeners(w);
+        mesh_leave(w->engine->mesh, w->index);
+        return NULL;
+}
+
+void loop_again(struct worker *w, struct tun *t)
+{
+        link_add(&w->unread, &t->unread);
+}
+
+void loop_wake(struct worker *w)
+{
+        uint64_t one = 1;
+        if (write(w->wake.fd, &one, sizeof(one)) < 0)
+                return; /* full: it is awake */
+}
+
+int loop_all(struct tunnel *engine, void (*run)(struct worker *, void *), void *arg)
+{
+        /* On the heap: after a deadline the workers may still count it down. */
+        atomic_uint *left = malloc(sizeof(*left));
+        if (!left)
+                return -ENOMEM;
+        atomic_init(left, engine->nworkers);
+        for (unsigned i = 0; i < engine->nworkers; i++) {
+                struct worker *w = &engine->workers[i];
+                struct mail *m = calloc(1, sizeof(*m));
+                if (!m)
+                        abort(); /* half a command is worse than none, and 40 bytes were not to be had */
+                *m = (struct mail){.run = run, .arg = arg, .left = left};
+                pthread_mutex_lock(&w->mail_lock);
+                m->next = w->mail;
+                w->mail = m;
+                pthread_mutex_unlock(&w->mail_lock);
+                loop_wake(w);
+        }
+        for (int waited_us = 0; atomic_load(left) > 0; waited_us += 50) {
+                if (waited_us > MAIL_DEADLINE_MS * 1000)
+                        return -ETIMEDOUT;
+                usleep(50);
+        }
+        free(left);
+        return 0;
+}
+
+int loop_start(struct worker *w, struct tunnel *engine, unsigned index)
+{
+        w->engine = engine;
+        w->index = index;
+        w->ev = event_worker(engine->event, index);
+        w->now_ms = clock_ms();
+        w->random = 0x9e3779b97f4a7c15ull ^ (w->now_ms << 20) ^ ((uint64_t)getpid() << 8) ^ (index + 1);
+        for (int i = 0; i < LOOP_HASH; i++) {
+                link_init(&w->seats[i]);
+                link_init(&w->identities[i]);
+                link_init(&w->pool[i]);
+        }
+        for (int i = 0; i < TIMER_LENGTHS; i++)
+                link_init(&w->timers[i]);
+        link_init(&w->held);
+        link_init(&w->held_tuns);
+        link_init(&w->ready);
+        link_init(&w->dirty);
+        link_init(&w->unread);
+        link_init(&w->dead_flows);
+        link_init(&w->dead_tuns);
+        link_init(&w->dead_listeners);
+        pthread_mutex_init(&w->mail_lock, NULL);
+        w->scratch = malloc(LOOP_SCRATCH);
+        w->epoll = epoll_create1(EPOLL_CLOEXEC);
+        w->wake = (struct io){.type = IO_WAKE, .fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)};
+        if (!w->scratch || w->epoll < 0 || w->wake.fd < 0)
+                return -ENOMEM;
+        int result = loop_watch(w, &w->wake);
+        if (result < 0)
+                return result;
+        result = -pthread_create(&w->thread, NULL, loop_run, w);
+        if (result == 0) {
+                char name[16];
+                snprintf(name, sizeof(name), "worker-%u", index);
+                pthread_setname_np(w->thread, name);
+        }
+        return result;
+}
+
+static void order_stop(struct worker *w, void *arg)
+{
+        (void)arg;
+        w->stop = true;
+}
+
+void loop_stop(struct worker *w)
+{
+        struct tunnel *engine = w->engine;
+        for (unsigned i = 0; i < engine->nworkers; i++)
+                if (&engine->workers[i] == w && i == 0)
+                        loop_all(engine, order_stop, NULL);
+        pthread_join(w->thread, NULL);
+        close(w->epoll);
+        close(w->wake.fd);
+        free(w->scratch);
+        pthread_mutex_destroy(&w->mail_lock);
+}

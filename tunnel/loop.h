@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A worker: one thread, one epoll, its own pods' listeners, connections and tunnels. Nothing here is shared unless it
+ * says so. */
+#ifndef SIDESTEP_LOOP_H
+#define SIDESTEP_LOOP_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include "event.h"
+#include "mesh.h"
+
+struct tunnel;
+struct pod;
+struct identity;
+struct flow;
+struct tun;
+
+/* What an epoll event belongs to. Edge-triggered: set once, the flags remember. */
+enum io_type { IO_WAKE, IO_LISTENER, IO_SIDE, IO_TUN };
+
+struct io {
+        enum io_type type;
+        int fd; /* -1: closed; late events are ignored */
+        bool readable, writable, hangup;
+};
+
+/* Doubly linked, circular, with a head that is a link too. */
+struct link {
+        struct link *prev, *next;
+};
+
+static inline void link_init(struct link *l)
+{
+        l->prev = l->next = l;
+}
+
+static inline bool link_alone(const struct link *l)
+{
+        return l->next == l;
+}
+
+static inline void link_remove(struct link *l)
+{
+        l->prev->next = l->next;
+        l->next->prev = l->prev;
+        link_init(l);
+}
+
+static inline void link_add(struct link *head, struct link *l)
+{
+        link_remove(l);
+        l->prev = head->prev;
+        l->next = head;
+        head->prev->next = l;
+        head->prev = l;
+}
+
+#define container(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
+
+/* Deadlines of a few fixed lengths: each length is a queue that is sorted by itself. */
+enum timer_length { TIMER_1S, TIMER_5S, TIMER_10S, TIMER_15S, TIMER_20S, TIMER_5MIN, TIMER_1H, TIMER_LENGTHS };
+enum timer_kind { TIMER_FLOW, TIMER_TUN, TIMER_PING };
+
+struct timer {
+        struct link link;
+        uint64_t due_ms;
+        enum timer_kind kind;
+};
+
+#define LOOP_HASH 256
+
+/* A pod as one worker has it. */
+struct seat {
+        struct link link;
+        struct pod *pod;
+        struct listener *listeners[3];
+        struct link flows, tuns;
+};
+
+struct worker {
+        struct tunnel *engine;
+        unsigned index;
+        pthread_t thread;
+        int epoll;
+        struct io wake;
+        bool stop;
+
+        const struct mesh_view *view;
+        uint64_t generation; /* of view: when it changes, what waits is looked at again */
+        bool look_again;
+        struct event_worker *ev;
+        uint64_t now_ms, random;
+
+        struct link seats[LOOP_HASH]; /* by hash of the workload's uid */
+        struct link identities[LOOP_HASH];
+        struct link timers[TIMER_LENGTHS];
+        struct link held; /* flows and tunnels that wait for state: struct flow, link `wait` */
+        struct link held_tuns;
+        struct link ready;  /* flows with more to do than one turn allows */
+        struct link dirty;  /* tunnels with something to write */
+        struct link unread; /* tunnels with more to read than one turn allows */
+        struct link dead_flows, dead_tuns,
+                dead_listeners; /* freed at the end of a turn: events of this turn may still name them */
+        struct link pool[LOOP_HASH];
+
+        pthread_mutex_t mail_lock;
+        struct mail *mail; /* newest first */
+
+        uint8_t *scratch; /* LOOP_SCRATCH bytes for one read */
+};
+
+#define LOOP_SCRATCH (256 << 10)
+
+/* A command to a worker; runs there. */
+struct mail {
+        struct mail *next;
+        void (*run)(struct worker *w, void *arg);
+        void *arg;
+        atomic_uint *left; /* counted down when it has run */
+};
+
+int loop_start(struct worker *w, struct tunnel *engine, unsigned index);
+void loop_stop(struct worker *w);
+/* Runs a function in every worker and waits until all have. */
+int loop_all(struct tunnel *engine, void (*run)(struct worker *, void *), void *arg);
+void loop_wake(struct worker *w);
+
+int loop_watch(struct worker *w, struct io *io);
+void timer_set(struct worker *w, struct timer *t, enum timer_kind kind, enum timer_length length);
+static inline void timer_stop(struct timer *t)
+{
+        link_remove(&t->link);
+}
+uint64_t loop_random(struct worker *w);
+/* The tunnel has more to read than one turn allows. */
+void loop_again(struct worker *w, struct tun *t);
+static inline uint32_t loop_hash(const char *text)
+{
+        uint32_t h = 2166136261u;
+        for (; *text; text++)
+                h = (h ^ (uint8_t)*text) * 16777619u;
+        return h % LOOP_HASH;
+}
+
+#endif

@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Pods and identities as the engine has them: shared by the workers, counted, immutable but for the atomics. */
+#ifndef SIDESTEP_POD_H
+#define SIDESTEP_POD_H
+
+#include "loop.h"
+#include "tls.h"
+#include "tunnel.h"
+
+enum role { ROLE_OUTBOUND, ROLE_INBOUND, ROLE_HBONE, ROLES }; /* the slots of bpf/maps.h */
+
+struct listener {
+        struct io io;
+        enum role role;
+        struct seat *seat;
+        struct link dead;
+};
+
+#define POD_TUPLES 4096 /* buckets */
+
+/* Ends of connections in the pod's namespace that must not meet: see pod_tuple_*. */
+struct tuple {
+        struct tuple *next;
+        struct endpoint end;
+        bool own;
+};
+
+struct pod {
+        atomic_uint refs;
+        struct link link; /* the engine's list; control thread only */
+        char *uid, *namespace_, *name, *service_account, *workload, *identity;
+        struct addr addresses[16];
+        unsigned naddresses;
+        uint64_t netns_cookie, netns_ino;
+        int netns, engine_sk, listeners_map;
+        struct tunnel_ports ports;
+        bool ipv6;
+        int fds[ROLES][8]; /* until the workers have taken them */
+
+        atomic_int mode;
+        atomic_uint_least64_t connections, held, buffered, last_ms;
+        pthread_mutex_t lock;
+        struct tuple **tuples;
+};
+
+struct pod *pod_ref(struct pod *p);
+void pod_unref(struct pod *p);
+bool pod_has(const struct pod *p, const struct addr *a);
+bool pod_owns_port(const struct pod *p, uint16_t port);
+
+/* Opens the listeners of all workers in the pod's namespace; puts them in service. */
+int pod_open(struct pod *p, unsigned workers, char *error, size_t n);
+int pod_serve(struct pod *p);
+/* Other maps than before: every listener is marked in them and put in service there. */
+int pod_revive(struct pod *p, int listeners_map, int engine_sk, unsigned workers);
+
+/* A TCP socket in the pod's namespace, marked as the engine's, on its way to `to`. source NULL: the pod's own address;
+ * source->port 0: any. towards_app: resets when it is closed early. -errno; *refused tells a refusal that came at once.
+ */
+int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app);
+
+/* Tuples: (address, port) of each client of an open plaintext connection, and of each socket of the engine towards an
+ * application. An accepted socket that comes from a tuple of our own is our own SYN whose tag was lost. */
+void pod_tuple_add(struct pod *p, const struct endpoint *e, bool own);
+void pod_tuple_remove(struct pod *p, const struct endpoint *e);
+bool pod_tuple_is_own(struct pod *p, const struct endpoint *e);
+/* A port for (client address) that no open connection of it has; 0: none found. Added as own. */
+uint16_t pod_tuple_port(struct pod *p, const struct addr *client, uint64_t random);
+
+/* Per worker. */
+struct seat *seat_of_workload(struct worker *w, const char *workload);
+struct held_identity {
+        struct link link;
+        struct identity *identity;
+};
+struct identity *worker_identity(struct worker *w, const char *uri);
+
+struct tunnel {
+        struct tunnel_config config;
+        unsigned nworkers;
+        struct worker workers[8];
+        struct mesh *mesh;
+        struct event *event;
+        struct link pods; /* control thread */
+        struct link identities;
+        char trust_domain[256];
+        atomic_int same_node_mtls;
+        atomic_uint_least64_t fds, fd_limit, buffered;
+        uint64_t started_s;
+        pthread_mutex_t settings_lock;
+};
+
+#endif

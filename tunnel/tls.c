@@ -1,0 +1,346 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Theory of operation
+ *
+ * OpenSSL sees two buffers through a BIO of ours and never a socket: the loop fills `in` with one large recv() and
+ * empties `out` with one send() for many records. TLS 1.3 only, AES-GCM only, certificates on both sides, no tickets,
+ * no resumption, no early data: a ticket would hold the leaf and not the chain, and the checks could not be repeated.
+ * Host names play no part; who the peer is, is its SPIFFE URI.
+ *
+ * An SSL_CTX serves both roles: the purpose of the peer's certificate (clientAuth, serverAuth) is checked by OpenSSL
+ * according to the role. AES-GCM keys are changed every 2^23 records, below the limit of RFC 8446 5.5.
+ */
+#include <errno.h>
+#include <openssl/err.h>
+#include <openssl/pem.h>
+#include <openssl/x509v3.h>
+#include <pthread.h>
+#include <stdio.h>
+#include "tls.h"
+
+#define KEY_UPDATE_RECORDS (1u << 23)
+
+static BIO_METHOD *method;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static int bio_read(BIO *bio, char *to, int n)
+{
+        struct tls *t = BIO_get_data(bio);
+        BIO_clear_retry_flags(bio);
+        if (t->in.len == 0) {
+                BIO_set_retry_read(bio);
+                return -1;
+        }
+        if ((size_t)n > t->in.len)
+                n = (int)t->in.len;
+        memcpy(to, buf_at(&t->in), (size_t)n);
+        buf_take(&t->in, (size_t)n);
+        return n;
+}
+
+static int bio_write(BIO *bio, const char *from, int n)
+{
+        struct tls *t = BIO_get_data(bio);
+        BIO_clear_retry_flags(bio);
+        return buf_add(&t->out, from, (size_t)n) ? n : -1;
+}
+
+static long bio_ctrl(BIO *bio, int command, long number, void *pointer)
+{
+        (void)bio, (void)number, (void)pointer;
+        return command == BIO_CTRL_FLUSH;
+}
+
+static int bio_create(BIO *bio)
+{
+        BIO_set_init(bio, 1);
+        return 1;
+}
+
+static void make_method(void)
+{
+        method = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "sidestep");
+        if (!method)
+                abort();
+        BIO_meth_set_read(method, bio_read);
+        BIO_meth_set_write(method, bio_write);
+        BIO_meth_set_ctrl(method, bio_ctrl);
+        BIO_meth_set_create(method, bio_create);
+}
+
+bool spiffe_trust_domain(const char *uri, char *out, size_t n)
+{
+        if (strncmp(uri, "spiffe://", 9) != 0)
+                return false;
+        const char *td = uri + 9, *ns = strchr(td, '/');
+        if (!ns || ns == td || (size_t)(ns - td) >= n || strncmp(ns, "/ns/", 4) != 0)
+                return false;
+        const char *name = ns + 4, *sa = strchr(name, '/');
+        if (!sa || sa == name || strncmp(sa, "/sa/", 4) != 0 || !sa[4] || strchr(sa + 4, '/'))
+                return false;
+        memcpy(out, td, (size_t)(ns - td));
+        out[ns - td] = 0;
+        return true;
+}
+
+/* The certificate's one URI SAN; NULL or what is wrong. A name with a NUL inside is no name. */
+static const char *spiffe_of(X509 *cert, char uri[TLS_URI_MAX])
+{
+        GENERAL_NAMES *names = X509_get_ext_d2i(cert, NID_subject_alt_name, NULL, NULL);
+        const char *wrong = "certificate without SPIFFE identity";
+        int found = 0;
+        char td[256];
+        for (int i = 0; names && i < sk_GENERAL_NAME_num(names); i++) {
+                const GENERAL_NAME *name = sk_GENERAL_NAME_value(names, i);
+                if (name->type != GEN_URI)
+                        continue;
+                const ASN1_IA5STRING *s = name->d.uniformResourceIdentifier;
+                size_t n = (size_t)ASN1_STRING_length(s);
+                if (++found > 1 || n >= TLS_URI_MAX || memchr(ASN1_STRING_get0_data(s), 0, n)) {
+                        wrong = found > 1 ? "certificate with more than one URI identity"
+                                          : "certificate with a bad identity";
+                        found = 2;
+                        break;
+                }
+                memcpy(uri, ASN1_STRING_get0_data(s), n);
+                uri[n] = 0;
+        }
+        GENERAL_NAMES_free(names);
+        if (found != 1)
+                return wrong;
+        return spiffe_trust_domain(uri, td, sizeof(td))
+                       ? NULL
+                       : "certificate with an identity that is not spiffe://TD/ns/NS/sa/SA";
+}
+
+static int64_t not_after(const X509 *cert)
+{
+        struct tm tm;
+        return ASN1_TIME_to_tm(X509_get0_notAfter(cert), &tm) == 1 ? (int64_t)timegm(&tm) : 0;
+}
+
+static int select_h2(SSL *ssl, const unsigned char **out, unsigned char *outlen, const unsigned char *in,
+                     unsigned int inlen, void *arg)
+{
+        (void)ssl, (void)arg;
+        return SSL_select_next_proto((unsigned char **)out, outlen, (const unsigned char *)"\x02h2", 3, in, inlen) ==
+                               OPENSSL_NPN_NEGOTIATED
+                       ? SSL_TLSEXT_ERR_OK
+                       : SSL_TLSEXT_ERR_ALERT_FATAL;
+}
+
+/* Every certificate of a PEM text, in order. Owner: the caller. */
+static STACK_OF(X509) * read_pem(const char *pem)
+{
+        STACK_OF(X509) *all = sk_X509_new_null();
+        BIO *bio = BIO_new_mem_buf(pem, -1);
+        X509 *cert;
+        while (bio && all && (cert = PEM_read_bio_X509(bio, NULL, NULL, NULL)))
+                if (!sk_X509_push(all, cert))
+                        X509_free(cert);
+        BIO_free(bio);
+        ERR_clear_error(); /* the end of the text is an error to PEM_read */
+        return all;
+}
+
+static int configure(SSL_CTX *ctx)
+{
+        static const unsigned char h2[] = "\x02h2";
+        SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE);
+        SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
+                                      SSL_MODE_RELEASE_BUFFERS);
+        SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
+        SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
+        SSL_CTX_set_alpn_select_cb(ctx, select_h2, NULL);
+        return SSL_CTX_set_min_proto_version(ctx, TLS1_3_VERSION) == 1 && SSL_CTX_set_num_tickets(ctx, 0) == 1 &&
+               SSL_CTX_set_ciphersuites(ctx, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384") == 1 &&
+               SSL_CTX_set_alpn_protos(ctx, h2, sizeof(h2) - 1) == 0;
+}
+
+int identity_new(struct identity **out, const char *uri, const char *key_pem, const char *chain_pem,
+                 const char *roots_pem)
+{
+        int result = -ENOMEM;
+        struct identity *i = calloc(1, sizeof(*i));
+        STACK_OF(X509) *chain = read_pem(chain_pem), *roots = read_pem(roots_pem);
+        BIO *bio = BIO_new_mem_buf(key_pem, -1);
+        EVP_PKEY *key = bio ? PEM_read_bio_PrivateKey(bio, NULL, NULL, NULL) : NULL;
+        char own[TLS_URI_MAX];
+        BIO_free(bio);
+        if (!i || !chain || !roots)
+                goto out;
+        result = -EBADMSG;
+        if (!key || sk_X509_num(chain) < 1 || sk_X509_num(roots) < 1)
+                goto out;
+        X509 *leaf = sk_X509_value(chain, 0);
+        result = -EKEYREJECTED;
+        if (spiffe_of(leaf, own) || strcmp(own, uri) != 0 || X509_check_private_key(leaf, key) != 1)
+                goto out;
+        result = -ENOMEM;
+        i->ctx = SSL_CTX_new(TLS_method());
+        i->uri = strdup(uri);
+        if (!i->ctx || !i->uri || !configure(i->ctx))
+                goto out;
+        spiffe_trust_domain(uri, i->trust_domain, sizeof(i->trust_domain));
+        i->not_after_s = INT64_MAX;
+        for (int n = 0; n < sk_X509_num(chain); n++) {
+                X509 *cert = sk_X509_value(chain, n);
+                int64_t end = not_after(cert);
+                if (end < i->not_after_s)
+                        i->not_after_s = end;
+                if (n > 0 && SSL_CTX_add1_chain_cert(i->ctx, cert) != 1)
+                        goto out;
+        }
+        result = -EKEYEXPIRED;
+        if (i->not_after_s <= (int64_t)time(NULL))
+                goto out;
+        result = -EKEYREJECTED;
+        if (SSL_CTX_use_certificate(i->ctx, leaf) != 1 || SSL_CTX_use_PrivateKey(i->ctx, key) != 1)
+                goto out;
+        for (int n = 0; n < sk_X509_num(roots); n++)
+                X509_STORE_add_cert(SSL_CTX_get_cert_store(i->ctx),
+                                    sk_X509_value(roots, n)); /* twice the same is no error */
+        BIGNUM *serial = ASN1_INTEGER_to_BN(X509_get0_serialNumber(leaf), NULL);
+        char *digits = serial ? BN_bn2dec(serial) : NULL;
+        snprintf(i->serial, sizeof(i->serial), "%s", digits ? digits : "");
+        OPENSSL_free(digits);
+        BN_free(serial);
+        atomic_init(&i->refs, 1);
+        *out = i;
+        i = NULL;
+        result = 0;
+out:
+        ERR_clear_error();
+        EVP_PKEY_free(key);
+        sk_X509_pop_free(chain, X509_free);
+        sk_X509_pop_free(roots, X509_free);
+        if (i) {
+                SSL_CTX_free(i->ctx);
+                free(i->uri);
+                free(i);
+        }
+        return result;
+}
+
+struct identity *identity_ref(struct identity *i)
+{
+        atomic_fetch_add_explicit(&i->refs, 1, memory_order_relaxed);
+        return i;
+}
+
+void identity_unref(struct identity *i)
+{
+        if (!i || atomic_fetch_sub(&i->refs, 1) != 1)
+                return;
+        SSL_CTX_free(i->ctx);
+        free(i->uri);
+        free(i);
+}
+
+int tls_open(struct tls *t, struct identity *i, bool server)
+{
+        pthread_once(&once, make_method);
+        *t = (struct tls){.ssl = SSL_new(i->ctx)};
+        BIO *bio = BIO_new(method);
+        if (!t->ssl || !bio) {
+                SSL_free(t->ssl);
+                BIO_free(bio);
+                t->ssl = NULL;
+                return -ENOMEM;
+        }
+        BIO_set_data(bio, t);
+        SSL_set_bio(t->ssl, bio, bio);
+        if (server)
+                SSL_set_accept_state(t->ssl);
+        else
+                SSL_set_connect_state(t->ssl);
+        return 0;
+}
+
+void tls_close(struct tls *t)
+{
+        SSL_free(t->ssl);
+        t->ssl = NULL;
+        buf_free(&t->in);
+        buf_free(&t->out);
+}
+
+int tls_handshake(struct tls *t)
+{
+        ERR_clear_error();
+        int n = SSL_do_handshake(t->ssl);
+        if (n == 1)
+                return 1;
+        return SSL_get_error(t->ssl, n) == SSL_ERROR_WANT_READ ? 0 : -1;
+}
+
+const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s)
+{
+        const unsigned char *alpn;
+        unsigned int n;
+        SSL_get0_alpn_selected(t->ssl, &alpn, &n);
+        if (n != 2 || memcmp(alpn, "h2", 2) != 0)
+                return "peer does not speak h2";
+        X509 *cert = SSL_get0_peer_certificate(t->ssl);
+        STACK_OF(X509) *chain = SSL_get0_verified_chain(t->ssl);
+        if (!cert || !chain || SSL_get_verify_result(t->ssl) != X509_V_OK)
+                return "peer's certificate is not verified";
+        *not_after_s = INT64_MAX;
+        for (int i = 0; i < sk_X509_num(chain); i++) {
+                int64_t end = not_after(sk_X509_value(chain, i));
+                if (end < *not_after_s)
+                        *not_after_s = end;
+        }
+        return spiffe_of(cert, uri);
+}
+
+int tls_read(struct tls *t, void *plain, int n)
+{
+        ERR_clear_error();
+        int got = SSL_read(t->ssl, plain, n);
+        if (got > 0)
+                return got;
+        switch (SSL_get_error(t->ssl, got)) {
+        case SSL_ERROR_WANT_READ:
+        case SSL_ERROR_WANT_WRITE:
+                return 0;
+        case SSL_ERROR_ZERO_RETURN:
+                return -1;
+        default:
+                return -2;
+        }
+}
+
+int tls_write(struct tls *t, const void *plain, int n, uint64_t *key_updates)
+{
+        ERR_clear_error();
+        if (++t->sealed >= KEY_UPDATE_RECORDS) {
+                if (SSL_key_update(t->ssl, SSL_KEY_UPDATE_NOT_REQUESTED) != 1)
+                        return -1;
+                t->sealed = 0;
+                (*key_updates)++;
+        }
+        while (n > 0) {
+                int put = SSL_write(t->ssl, plain, n);
+                if (put <= 0)
+                        return -1;
+                plain = (const uint8_t *)plain + put;
+                n -= put;
+        }
+        return 0;
+}
+
+void tls_end(struct tls *t)
+{
+        ERR_clear_error();
+        if (t->ssl && SSL_is_init_finished(t->ssl))
+                SSL_shutdown(t->ssl);
+}
+
+const char *tls_error(char *text, size_t n)
+{
+        unsigned long code = ERR_peek_last_error();
+        const char *reason = code ? ERR_reason_error_string(code) : NULL;
+        snprintf(text, n, "%s", reason ? reason : "TLS failed");
+        return text;
+}
