@@ -194,6 +194,13 @@ def probe() -> Iterator[tuple[str, str, str]]:
         number += 1
 
 
+def require() -> None:
+    """Raises CaptureError where this kernel, or what this process may do, is not enough."""
+    for name, problem, advice in probe():
+        if problem:
+            raise CaptureError(f"BPF {name} cannot be loaded: {problem}; needed: {advice}")
+
+
 def _check(call: Callable[[Any], int]) -> int:
     """Calls the loader. Raises CaptureError with its line, NotYet for EAGAIN."""
     error = _ffi.new("char[]", _lib.CAPTURE_ERROR_LEN)

@@ -60,7 +60,9 @@ def load(path: Path) -> State:
     """Reads the file. Raises StateError."""
     try:
         document = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as err:
+    except OSError as err:
+        raise StateError(f"{path}: {err.strerror}") from None
+    except yaml.YAMLError as err:
         raise StateError(f"{path}: {' '.join(str(err).split())}") from None
     if not isinstance(document, dict):
         raise StateError(f"{path}: not a mapping of workloads and services")

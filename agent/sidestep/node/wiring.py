@@ -18,7 +18,7 @@ from sidestep.node import ca, cni, httpd, log
 from sidestep.node.admin import Pages, only_local
 from sidestep.node.agent import Agent, Authority, CertificateError, Place
 from sidestep.node.api import ClusterApi, reflectors
-from sidestep.node.capture import Captures
+from sidestep.node.capture import Captures, require
 from sidestep.node.command import Config
 from sidestep.node.metrics import Metrics
 from sidestep.node.netns import Records
@@ -45,6 +45,7 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require()
     metrics = Metrics()
     if config.state_file is not None:
         from sidestep.node import statefile  # YAML and X.509 parsing cost memory that only tests need
