@@ -9,9 +9,12 @@ from the name alone. A lab's number n (1 to 60) chooses its ranges:
     host     10.(128+n).255.1      the machine's end of the veth to the API
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
@@ -227,6 +230,30 @@ def load(name: str) -> Cluster:
         return Cluster(**json.loads((LABS / name / "cluster.json").read_text()))
     except (OSError, ValueError, TypeError):
         raise LabError(f"there is no lab {name!r}: `sidestep lab up --name {name} -f PATH` makes one") from None
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Only one command at a time makes or removes labs' directories. The lock's file goes with the last lab."""
+    path = LABS.parent / "lab.lock"
+    while True:
+        LABS.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if os.stat(path).st_ino != os.fstat(lock.fileno()).st_ino:
+                    continue  # somebody removed it meanwhile: that lock excludes nobody
+            except FileNotFoundError:
+                continue
+            LABS.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    LABS.rmdir()  # not when there is a lab
+                    path.unlink()
+                    LABS.parent.rmdir()
+            return
 
 
 def cgroup2() -> Path:

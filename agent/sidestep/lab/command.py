@@ -166,17 +166,20 @@ def _logs(args: argparse.Namespace) -> int:
         out.write(old.read_bytes())
     try:
         with open(log, "rb") as file:
+            ended = False
             while True:
                 text = file.read(1 << 16)
                 out.write(text)
                 out.flush()
                 if text:
                     continue
-                if not args.follow or not log.exists():
+                if ended or not args.follow:
                     return 0
-                time.sleep(0.1)
-                if log.stat().st_size < file.tell():
-                    file.seek(0)  # the log was cut
+                ended = not log.exists()  # the pod is gone: read what it said last
+                if not ended:
+                    time.sleep(0.1)
+                    if os.fstat(file.fileno()).st_size < file.tell():
+                        file.seek(0)  # the log was cut
     except FileNotFoundError:
         raise LabError(f"pod {args.pod} has printed nothing yet") from None
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sidestep.lab import keeper, network
-from sidestep.lab.cluster import BPFFS, LABS, NETNS_DIR, LabError, cgroup2, check_name
+from sidestep.lab.cluster import BPFFS, LABS, NETNS_DIR, LabError, cgroup2, check_name, locked
 from sidestep.lab.sandbox import kill_cgroup, remove_cgroup
 
 DEADLINE_S = 20.0
@@ -45,10 +45,8 @@ def down(name: str) -> list[str]:
     for directory in _bpf_dirs(name):
         shutil.rmtree(directory, ignore_errors=True)
     _unmount(state)
-    shutil.rmtree(state, ignore_errors=True)
-    for directory in (LABS, LABS.parent):
-        with contextlib.suppress(OSError):
-            directory.rmdir()  # only when it was the last lab
+    with locked():
+        shutil.rmtree(state, ignore_errors=True)
     while (left := list(leftovers(name))) and time.monotonic() < deadline:
         time.sleep(0.05)  # processes that were killed are gone when the kernel has taken their memory apart
     return left

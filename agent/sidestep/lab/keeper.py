@@ -8,6 +8,7 @@ are recorded with start times in `running/`, so that `lab status` and `lab down`
 import asyncio
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 STEADY_S = 30.0  # who lived that long starts again with the shortest pause
 LOG_BYTES = 16 << 20
 LOG_KEEP = 1 << 20
+OPEN_FILES = 1 << 20
 
 _SPAWN = 'echo 0 > "$1/cgroup.procs" && net="$2" && shift 2 && exec nsenter --net="$net" -- "$@"'
 
@@ -150,8 +152,21 @@ async def _bound_logs(processes: Sequence[Process]) -> None:
             bound(Path(process.log), LOG_BYTES, LOG_KEEP)
 
 
+def _raise_limits() -> None:
+    """As many open files as may be: engines hold two per connection."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (max(hard, OPEN_FILES), hard):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            return
+        except (OSError, ValueError):
+            continue
+
+
 async def keep(state: Path) -> None:
     """Runs until it is killed: `lab down` ends processes by itself."""
+    os.umask(0o022)  # what pods are to read must not depend on who started the lab
+    _raise_limits()
     processes = read(state / "processes.json")
     record(state, "keeper", os.getpid(), 0)
     async with asyncio.TaskGroup() as group:

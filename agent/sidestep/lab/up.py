@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from sidestep.lab.cluster import (
     LabError,
     cgroup2,
     check_name,
+    locked,
 )
 from sidestep.lab.down import down, leftovers
 from sidestep.lab.manifests import Manifest
@@ -155,13 +155,10 @@ def _check_nodes(manifests: Sequence[Manifest], nodes: int) -> None:
 @contextlib.contextmanager
 def _creation(name: str, nodes: int, plain: bool) -> Iterator[Cluster]:
     """Takes name and number under a lock; two labs that start at once get two numbers."""
-    LABS.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(LABS.parent / "lab.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked():
         left = list(leftovers(name))
         if left:
             raise LabError(f"lab {name!r} exists ({left[0]}): `sidestep lab down --name {name}` takes it away")
-        LABS.mkdir(mode=0o700, parents=True, exist_ok=True)
         taken = network.taken_numbers(LABS)
         number = next((item for item in range(1, MAX_NUMBER + 1) if item not in taken), None)
         if number is None:
@@ -171,9 +168,12 @@ def _creation(name: str, nodes: int, plain: bool) -> Iterator[Cluster]:
         try:
             network.run(["mount", "-t", "tmpfs", "-o", STATE_BYTES, "sidestep-lab", str(cluster.state)])
             cluster.save()
-        except BaseException:
-            down(name)
-            raise
+            failure = None
+        except BaseException as error:
+            failure = error
+    if failure is not None:
+        down(name)  # takes the lock itself
+        raise failure
     yield cluster
 
 

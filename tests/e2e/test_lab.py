@@ -1,0 +1,467 @@
+"""The lab itself: what pods find in it, what a user may do wrong, and that nothing of it stays behind."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sidestep.lab import podspec
+from sidestep.lab.down import leftovers
+from tests.harness.lab import SIDESTEP, Lab, eventually
+
+PYTHON = "/usr/bin/python3"
+ECHO = """
+import socket
+server = socket.create_server(("::", 7), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64)
+while True:
+    connection, peer = server.accept()
+    connection.sendall(peer[0].encode())
+    connection.close()
+"""
+ASK = """
+import socket, sys
+connection = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
+print(connection.recv(100).decode().removeprefix("::ffff:"))
+"""
+
+
+def pod(name: str, node: str, container: dict[str, Any], **spec: Any) -> dict[str, Any]:
+    annotations = spec.pop("annotations", {})
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": "yard", "labels": {"app": name}, "annotations": annotations},
+        "spec": {
+            "nodeName": node,
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{"name": "main", "image": "host", "command": ["sleep", "infinity"], **container}],
+            **spec,
+        },
+    }
+
+
+def service(name: str, app: str, **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": "yard"},
+        "spec": {
+            "ipFamilyPolicy": "PreferDualStack",
+            "selector": {"app": app},
+            "ports": [{"port": 70, "targetPort": 7}],
+            **spec,
+        },
+    }
+
+
+ECHO_POD = {"command": [PYTHON, "-c", ECHO], "readinessProbe": {"tcpSocket": {"port": 7}, "periodSeconds": 1}}
+YARD: list[dict[str, Any]] = [
+    {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "yard"}},
+    {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "words", "namespace": "yard"},
+        "data": {"one": "first\n", "two": "second\n"},
+    },
+    {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "hidden", "namespace": "yard"},
+        "stringData": {"key": "s3cret"},
+    },
+    pod("plain", "node1", {}),
+    pod("echo", "node2", ECHO_POD),
+    pod("only4", "node1", ECHO_POD, annotations={podspec.FAMILIES_ANNOTATION: "IPv4"}),
+    pod("only6", "node2", ECHO_POD, annotations={podspec.FAMILIES_ANNOTATION: "IPv6"}),
+    pod(
+        "rich",
+        "node2",
+        {
+            "workingDir": "/data",
+            "env": [
+                {"name": "WHO", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+                {"name": "HELLO", "value": "I am $(WHO)"},
+            ],
+            "securityContext": {
+                "runAsUser": 1234,
+                "runAsGroup": 2345,
+                "capabilities": {"drop": ["ALL"], "add": ["NET_RAW"]},
+            },
+            "readinessProbe": {"exec": {"command": ["test", "-e", "/data/ready"]}, "periodSeconds": 1,
+                               "failureThreshold": 1},
+            "command": ["sh", "-c", "touch /data/ready; exec sleep infinity"],
+            "volumeMounts": [
+                {"name": "data", "mountPath": "/data"},
+                {"name": "words", "mountPath": "/etc/words"},
+                {"name": "hidden", "mountPath": "/etc/hidden"},
+                {"name": "token", "mountPath": "/var/run/secrets/tokens"},
+            ],
+        },
+        volumes=[
+            {"name": "data", "emptyDir": {}},
+            {"name": "words", "configMap": {"name": "words", "items": [{"key": "two", "path": "deep/file"}]}},
+            {"name": "hidden", "secret": {"secretName": "hidden", "defaultMode": 0o444}},
+            {"name": "token", "projected": {"sources": [{"serviceAccountToken": {"path": "t", "audience": "aud"}}]}},
+        ],
+    ),
+    service("echo", "echo"),
+    service("rich", "rich"),
+    service("nobody", "nobody"),
+    service("every", "echo", clusterIP="None"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A lab without the mesh: what is tested here does not depend on it."""
+    path = tmp_path_factory.mktemp("yard") / "yard.yaml"
+    path.write_text(yaml.safe_dump_all(YARD))
+    lab = Lab(f"y{os.getpid() % 10000}", plain=True)
+    try:
+        lab.up(path)
+        yield lab
+    finally:
+        lab.down()
+
+
+def ask(lab: Lab, source: str, target: str, port: int) -> str:
+    return lab.exec(f"yard/{source}", PYTHON, "-c", ASK, target, str(port)).strip()
+
+
+# -- what pods find ----------------------------------------------------------------------------------------------------
+def test_a_container_sees_no_host_and_has_a_runtimes_privileges(yard: Lab) -> None:
+    status = yard.exec("yard/plain", "cat", "/proc/self/status")
+    found = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert found["CapBnd"] == found["CapEff"] == "00000000a80425fb"
+    assert found["CapInh"] == "0" * 16
+    assert yard.exec("yard/plain", "cat", "/proc/1/comm") == "sleep\n"
+    assert yard.exec("yard/plain", "hostname") == "plain\n"
+    assert yard.exec("yard/plain", "ls", "/run", "/tmp", "/sys/fs/bpf").split() == ["/run:", "/sys/fs/bpf:", "/tmp:"]
+    assert yard.exec("yard/plain", "ls", "/sys/class/net").split() == ["eth0", "lo"]
+    mounts = yard.exec("yard/plain", "cat", "/proc/mounts")
+    assert not {line.split()[2] for line in mounts.splitlines()} & {"bpf", "cgroup", "cgroup2", "nsfs"}
+    assert yard.exec("yard/plain", "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward; echo $?").strip() != "0"
+
+
+def test_what_a_container_writes_stays_in_it(yard: Lab) -> None:
+    mark = f"/usr/share/sidestep-test-{os.getpid()}"
+    yard.exec("yard/plain", "touch", mark)
+    assert yard.exec("yard/plain", "ls", mark).strip() == mark
+    assert not Path(mark).exists()
+
+
+def test_ids_capabilities_environment_volumes(yard: Lab) -> None:
+    assert yard.exec("yard/rich", "id", "-u").strip() == "1234"
+    assert yard.exec("yard/rich", "id", "-G").strip() == "2345"
+    status = yard.exec("yard/rich", "cat", "/proc/self/status")
+    assert "CapBnd:\t0000000000002000" in status
+    assert "CapEff:\t0000000000000000" in status
+    assert yard.exec("yard/rich", "sh", "-c", "echo $HELLO; pwd").splitlines() == ["I am rich", "/data"]
+    assert yard.exec("yard/rich", "cat", "/etc/words/deep/file") == "second\n"
+    assert yard.exec("yard/rich", "ls", "/etc/words").split() == ["deep"]
+    assert yard.exec("yard/rich", "cat", "/etc/hidden/key") == "s3cret"
+    assert yard.exec("yard/rich", "sh", "-c", "touch /etc/words/x || echo refused").strip() == "refused"
+    token = yard.exec("yard/rich", "cat", "/var/run/secrets/tokens/t")
+    review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview",
+              "spec": {"token": token, "audiences": ["aud", "other"]}}  # fmt: skip
+    answer = yard.ask(lambda client: client.create("/apis/authentication.k8s.io/v1/tokenreviews", review))
+    assert answer["status"]["audiences"] == ["aud"]
+    assert answer["status"]["user"]["username"] == "system:serviceaccount:yard:default"
+
+
+def test_readiness_follows_the_probe_into_endpoints(yard: Lab) -> None:
+    def endpoints() -> bool:
+        found = yard.ask(lambda client: client.list("/apis/discovery.k8s.io/v1/namespaces/yard/endpointslices"))
+        mine = [item for item in found["items"] if item["metadata"]["labels"]["kubernetes.io/service-name"] == "rich"]
+        return any(entry["conditions"]["ready"] for item in mine for entry in item.get("endpoints") or ())
+
+    assert endpoints()
+    yard.exec("yard/rich", "rm", "/data/ready")
+    eventually("not ready", lambda: not endpoints())
+    yard.exec("yard/rich", "touch", "/data/ready")
+    eventually("ready again", endpoints)
+
+
+def test_restart_policy(yard: Lab) -> None:
+    yard.apply(
+        pod("fails", "node1", {"command": ["sh", "-c", "exit 3"]}, restartPolicy="Always"),
+        pod("once", "node1", {"command": ["sh", "-c", "exit 3"]}, restartPolicy="Never"),
+        pod("done", "node1", {"command": ["true"]}, restartPolicy="OnFailure"),
+    )
+    eventually("phases", lambda: yard.pod("yard/once")["status"].get("phase") == "Failed")
+    eventually("phases", lambda: yard.pod("yard/done")["status"].get("phase") == "Succeeded")
+    found = eventually(
+        "a second restart",
+        lambda: (
+            (state := (yard.pod("yard/fails")["status"].get("containerStatuses") or [{}])[0]).get("restartCount", 0)
+            >= 2
+            and state
+        ),
+    )
+    assert found["lastState"]["terminated"]["exitCode"] == 3
+    ended = yard.pod("yard/once")["status"]["containerStatuses"][0]
+    assert (ended["restartCount"], ended["state"]["terminated"]["exitCode"]) == (0, 3)
+    for name in ("fails", "once", "done"):
+        yard.delete_pod(f"yard/{name}")
+
+
+def test_a_pod_is_told_to_end_and_given_its_time(yard: Lab) -> None:
+    program = "trap 'echo told; sleep 0.5; echo bye; exit 0' TERM; echo up; while true; do sleep 0.05; done"
+    yard.apply(pod("polite", "node1", {"command": ["sh", "-c", program]}, terminationGracePeriodSeconds=20))
+    eventually("up", lambda: yard.command("logs", "yard/polite", check=False).stdout == "up\n")
+    follow = subprocess.Popen(
+        [SIDESTEP, "lab", "logs", "--name", yard.name, "--follow", "yard/polite"], stdout=subprocess.PIPE, text=True
+    )
+    assert follow.stdout is not None
+    assert follow.stdout.readline() == "up\n"
+    yard.delete_pod("yard/polite")
+    assert follow.communicate(timeout=30)[0] == "told\nbye\n"
+
+
+# -- network -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", [4, 6])
+def test_pods_reach_each_other_across_nodes_with_their_own_addresses(yard: Lab, family: int) -> None:
+    assert ask(yard, "plain", yard.address("yard/echo", family), 7) == yard.address("yard/plain", family)
+
+
+def test_pods_of_one_family(yard: Lab) -> None:
+    assert [entry["ip"] for entry in yard.pod("yard/only4")["status"]["podIPs"]] == [yard.address("yard/only4", 4)]
+    assert [entry["ip"] for entry in yard.pod("yard/only6")["status"]["podIPs"]] == [yard.address("yard/only6", 6)]
+    assert ask(yard, "only4", yard.address("yard/echo", 4), 7) == yard.address("yard/only4", 4)
+    assert ask(yard, "only6", yard.address("yard/echo", 6), 7) == yard.address("yard/only6", 6)
+    assert ask(yard, "only6", "echo.yard", 70) == yard.address("yard/only6", 6)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_services_work_outside_the_mesh(yard: Lab, family: int) -> None:
+    found = yard.ask(lambda client: client.get("/api/v1/namespaces/yard/services/echo"))
+    address = next(text for text in found["spec"]["clusterIPs"] if (":" in text) == (family == 6))
+    assert ask(yard, "plain", address, 70) == yard.address("yard/plain", family)
+    # The pod behind the Service reaches itself through it; the node's address stands in for its own.
+    assert ask(yard, "echo", address, 70) not in ("", yard.address("yard/echo", family))
+    from_node = subprocess.run(
+        [SIDESTEP, "lab", "exec", "--name", yard.name, "--node", "node1", "--", PYTHON, "-c", ASK, address, "70"],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert from_node.strip() == yard.status()["nodes"][0]["ips"][0 if family == 4 else 1]
+    empty = yard.ask(lambda client: client.get("/api/v1/namespaces/yard/services/nobody"))
+    address = next(text for text in empty["spec"]["clusterIPs"] if (":" in text) == (family == 6))
+    refused = yard.command("exec", "yard/plain", "--", PYTHON, "-c", ASK, address, "70", check=False)
+    assert "ConnectionRefusedError" in refused.stderr
+
+
+def test_dns(yard: Lab) -> None:
+    def resolve(name: str) -> set[str]:
+        out = yard.command("exec", "yard/plain", "--", "getent", "ahosts", name, check=False).stdout
+        return {line.split()[0] for line in out.splitlines()}
+
+    found = yard.ask(lambda client: client.get("/api/v1/namespaces/yard/services/echo"))
+    addresses = set(found["spec"]["clusterIPs"])
+    assert len(addresses) == 2
+    for name in ("echo", "echo.yard", "echo.yard.svc", "echo.yard.svc.cluster.local", "echo.yard.svc.cluster.local."):
+        eventually(name, lambda name=name: resolve(name) == addresses)  # type: ignore[misc]
+    both = {yard.address("yard/echo", 4), yard.address("yard/echo", 6)}
+    eventually("the headless one", lambda: resolve("every") == both)
+    assert resolve("no-such") == set()
+    assert resolve("example.com") == set()
+    assert resolve("kubernetes.default")
+
+
+def test_exec_has_the_commands_status_and_signals(yard: Lab) -> None:
+    assert yard.command("exec", "yard/plain", "--", "sh", "-c", "exit 7", check=False).returncode == 7
+    assert yard.command("exec", "yard/plain", "--", "no-such-program", check=False).returncode == 127
+    assert yard.command("exec", "yard/no-such", "--", "true", check=False).returncode == 1
+    assert yard.exec("yard/plain", "echo", "--", "-x") == "-- -x\n"
+    process = yard.popen("yard/plain", "sh", "-c", "trap 'exit 9' TERM; echo up; while true; do sleep 0.05; done",
+                         stdout=subprocess.PIPE)  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 9
+    process.stdout.close()
+
+
+def test_a_stalled_log_reader_blocks_nobody(yard: Lab) -> None:
+    program = "import sys\nfor n in range(20000): sys.stdout.write('x' * 99 + '\\n')\nopen('/data/done', 'w').close()\n"
+    data = {"volumes": [{"name": "data", "emptyDir": {}}]}
+    mounts = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
+    yard.apply(
+        pod("loud", "node1", {"command": [PYTHON, "-c", program + "import time; time.sleep(1e6)"], **mounts}, **data)
+    )
+    follow = None
+    try:
+        eventually("running", lambda: yard.command("exec", "yard/loud", "--", "true", check=False).returncode == 0)
+        follow = subprocess.Popen(
+            [SIDESTEP, "lab", "logs", "--name", yard.name, "--follow", "yard/loud"], stdout=subprocess.PIPE
+        )
+        eventually(
+            "all was written",
+            lambda: yard.command("exec", "yard/loud", "--", "test", "-e", "/data/done", check=False).returncode == 0,
+        )
+    finally:
+        if follow is not None:
+            follow.kill()
+            follow.communicate()
+        yard.delete_pod("yard/loud")
+
+
+# -- what dies ---------------------------------------------------------------------------------------------------------
+def test_a_killed_kubelet_part_finds_its_pods_again(yard: Lab) -> None:
+    before = yard.pod("yard/plain")
+    old = yard.status()["nodes"][0]["processes"]["kubelet"]["pid"]
+    inside = yard.popen("yard/plain", "sh", "-c", "echo up; read x", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert inside.stdout is not None
+    assert inside.stdout.readline() == "up\n"
+    os.kill(old, signal.SIGKILL)
+    eventually("a new one", lambda: yard.status()["nodes"][0]["processes"]["kubelet"]["pid"] not in (0, old))
+    yard.apply(pod("after", "node1", {}))
+    eventually("a new pod runs", lambda: yard.pod("yard/after")["status"].get("phase") == "Running")
+    after = yard.pod("yard/plain")
+    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    assert after["status"]["containerStatuses"][0]["restartCount"] == 0
+    assert after["status"]["podIPs"] == before["status"]["podIPs"]
+    assert inside.poll() is None
+    inside.communicate("\n", timeout=30)
+    yard.delete_pod("yard/after")
+
+
+def everything_of(name: str) -> list[str]:
+    """What is there of a lab, looked for without the lab's own means."""
+    found = [
+        line for line in subprocess.check_output(["ip", "netns"], text=True).split() if line.startswith(f"{name}-")
+    ]
+    found += [name for name in os.listdir("/sys/class/net") if name == f"{name}-api"]
+    found += [line for line in Path("/proc/mounts").read_text().splitlines() if f"/lab/{name}" in line]
+    found += [str(path) for path in Path("/sys/fs/bpf").glob(f"sidestep-{name}-*")]
+    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/sidestep-lab-{name}")]
+    found += [str(path) for path in Path("/run/sidestep/lab").glob(f"{name}*")]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if any(f"/lab/{name}/" in word for word in words) or ("sidestep.lab.dns" in words and name in words):
+            found.append(" ".join(words))
+    return found
+
+
+SMALL = yaml.safe_dump_all([YARD[0], pod("one", "node1", {})])
+
+
+@pytest.mark.parametrize("victim", ["keeper", "api", "dns", "kubelet", "container", "nobody"])
+def test_down_leaves_nothing_whatever_was_killed(tmp_path: Path, victim: str) -> None:
+    manifest = tmp_path / "small.yaml"
+    manifest.write_text(SMALL)
+    lab = Lab(f"d{os.getpid() % 10000}", nodes=1, plain=True)
+    try:
+        lab.up(manifest)
+        assert len(everything_of(lab.name)) > 5  # the check sees a lab
+        status = lab.status()
+        pids = {name: process["pid"] for name, process in status["processes"].items()}
+        pids["kubelet"] = status["nodes"][0]["processes"]["kubelet"]["pid"]
+        uid = status["pods"][0]["uid"]
+        podrun = Path(f"/run/sidestep/lab/{lab.name}/node1/pods/{uid}/main/podrun").read_text()
+        pids["container"] = int(podrun.split()[0])
+        if victim != "nobody":
+            os.kill(pids[victim], signal.SIGKILL)
+    finally:
+        lab.down()
+    assert everything_of(lab.name) == []
+    assert lab.command("down").returncode == 0  # again
+
+
+@pytest.mark.parametrize("after", [0.15, 0.4, 0.8, 1.3])
+def test_up_that_is_killed_half_way_can_be_taken_down(tmp_path: Path, after: float) -> None:
+    manifest = tmp_path / "small.yaml"
+    manifest.write_text(SMALL)
+    name = f"k{os.getpid() % 10000}"
+    up = subprocess.Popen([SIDESTEP, "lab", "up", "--name", name, "--nodes", "1", "--plain", "-f", str(manifest)],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    time.sleep(after)  # a place in the middle, any will do
+    up.kill()
+    up.wait()
+    subprocess.run([SIDESTEP, "lab", "down", "--name", name], check=True, timeout=60)
+    assert everything_of(name) == []
+    assert list(leftovers(name)) == []
+
+
+# -- what a user may do wrong ------------------------------------------------------------------------------------------
+def refused(*args: str, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> str:
+    """Runs `sidestep lab ...`, which must fail with one line on stderr. Returns the line."""
+    done = subprocess.run(
+        [*prefix, SIDESTEP, "lab", *args], capture_output=True, text=True, timeout=60,
+        env={**os.environ, **(env or {})},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+POD_TEXT = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {containers: [{name: a, command: [sleep, '1']}]}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not YAML"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {}", "without metadata.name"),
+        ("apiVersion: v1\nkind: Unicorn\nmetadata: {name: x}", "unknown kind v1 Unicorn"),
+        (POD_TEXT.replace("command:", "livenessProbe: {exec: {command: [x]}}, command:"), "livenessProbe"),
+        (POD_TEXT.replace("spec: {", "spec: {nodeName: node9, "), "wants node9"),
+        (POD_TEXT.replace("{name: p}", "{name: p, namespace: nowhere}"), "nowhere"),
+        (POD_TEXT.replace("name: p", "name: Not_A_Name"), "Not_A_Name"),
+    ],
+)
+def test_a_bad_manifest_is_one_clear_line_and_nothing_is_left(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    name = f"b{os.getpid() % 10000}"
+    line = refused("up", "--name", name, "--nodes", "1", "--plain", "-f", str(path))
+    assert message in line
+    assert str(path) in line
+    assert everything_of(name) == []
+
+
+def test_other_mistakes(yard: Lab, tmp_path: Path) -> None:
+    name = f"b{os.getpid() % 10000}"
+    assert "exists" in refused("up", "--name", yard.name, "--plain")
+    assert yard.status()["processes"]["api"]["alive"]  # and was not touched
+    assert "no such file" in refused("up", "--name", name, "-f", str(tmp_path / "no.yaml"))
+    assert "cannot name a lab" in refused("up", "--name", "Not-A-Name")
+    assert "--nodes" in refused("up", "--name", name, "--nodes", "0")
+    assert "there is no lab" in refused("status", "--name", name)
+    assert "there is no lab" in refused("exec", "--name", name, "a/b", "--", "true")
+    assert "not NAMESPACE/POD" in refused("exec", "--name", yard.name, "plain", "--", "true")
+    assert "has no node" in refused("exec", "--name", yard.name, "--node", "node9", "--", "true")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("ip", "nft", "nsenter", "unshare", "sysctl", "umount", "mount"):
+        (tools / tool).symlink_to(subprocess.check_output(["which", tool], text=True).strip())
+    assert "dnsmasq" in refused("up", "--name", name, "--plain", env={"PATH": str(tools)})
+    assert everything_of(name) == []
+
+
+def test_without_root_it_says_so(tmp_path: Path) -> None:
+    name = f"b{os.getpid() % 10000}"
+    unprivileged = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all")
+    for verb in ("up", "down"):
+        assert "needs root" in refused(verb, "--name", name, prefix=unprivileged)
+    assert everything_of(name) == []
+
+
+def test_status_is_the_same_for_people_and_programs(yard: Lab) -> None:
+    status = json.loads(yard.command("status", "--json").stdout)
+    text = yard.command("status").stdout
+    assert [node["name"] for node in status["nodes"]] == ["node1", "node2"]
+    assert all(process["alive"] for process in status["processes"].values())
+    names = {item["name"] for item in status["pods"]}
+    assert {"plain", "echo", "rich"} <= names
+    assert all(name in text for name in names)
+    assert os.stat(status["kubeconfig"]).st_mode & 0o777 == 0o600
