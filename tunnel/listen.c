@@ -154,9 +154,13 @@ static void close_role(struct pod *p, int role, unsigned workers)
 static int open_role(struct pod *p, enum role role, unsigned workers, uint16_t *port)
 {
         int result = -EADDRINUSE;
-        unsigned seed = (unsigned)p->netns_cookie ^ (unsigned)getpid() ^ (unsigned)(uintptr_t)p;
+        unsigned seed =
+                (unsigned)p->netns_cookie ^ (unsigned)getpid() ^ (unsigned)(uintptr_t)p ^ ((unsigned)role << 16);
         for (int attempt = 0; attempt < TRIES && result == -EADDRINUSE; attempt++) {
                 *port = (uint16_t)(PORT_FIRST + (unsigned)rand_r(&seed) % PORT_COUNT);
+                if ((role > ROLE_OUTBOUND && *port == p->ports.outbound) ||
+                    (role > ROLE_INBOUND && *port == p->ports.inbound))
+                        continue; /* the same port would be the same SO_REUSEPORT group */
                 result = 0;
                 for (unsigned i = 0; i < workers && result == 0; i++) {
                         int fd = listener_open(p, role, *port);
