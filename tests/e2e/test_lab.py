@@ -1,5 +1,6 @@
 """The lab itself: what pods find in it, what a user may do wrong, and that nothing of it stays behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -34,10 +35,11 @@ print(connection.recv(100).decode().removeprefix("::ffff:"))
 
 def pod(name: str, node: str, container: dict[str, Any], **spec: Any) -> dict[str, Any]:
     annotations = spec.pop("annotations", {})
+    namespace = spec.pop("namespace", "yard")
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "namespace": "yard", "labels": {"app": name}, "annotations": annotations},
+        "metadata": {"name": name, "namespace": namespace, "labels": {"app": name}, "annotations": annotations},
         "spec": {
             "nodeName": node,
             "terminationGracePeriodSeconds": 1,
@@ -375,6 +377,49 @@ def test_down_leaves_nothing_whatever_was_killed(tmp_path: Path, victim: str) ->
         lab.down()
     assert everything_of(lab.name) == []
     assert lab.command("down").returncode == 0  # again
+
+
+def test_down_leaves_nothing_of_a_mesh_whose_parts_were_killed(tmp_path: Path) -> None:
+    manifest = tmp_path / "small.yaml"
+    namespace = {"apiVersion": "v1", "kind": "Namespace",
+                 "metadata": {"name": "yard", "labels": {"istio.io/dataplane-mode": "ambient"}}}  # fmt: skip
+    manifest.write_text(yaml.safe_dump_all([namespace, pod("one", "node1", {})]))
+    lab = Lab(f"g{os.getpid() % 10000}", nodes=1)
+    try:
+        lab.up(manifest)
+        status = lab.status()
+        assert list(Path(status["nodes"][0]["bpf_dir"]).glob("*/*"))  # there are pins to take away
+        node = status["nodes"][0]["processes"]
+        for pid in (node["engine"]["supervisor"], node["engine"]["pid"], node["agent"]["pid"],
+                    status["processes"]["control"]["pid"], status["processes"]["keeper"]["pid"]):  # fmt: skip
+            with contextlib.suppress(ProcessLookupError):  # the engine dies with its supervisor
+                os.kill(pid, signal.SIGKILL)
+    finally:
+        lab.down()
+    assert everything_of(lab.name) == []
+
+
+def test_without_an_agent_no_pod_starts_and_with_it_the_same_pod_does(mesh: Lab) -> None:
+    status = mesh.status()
+    keeper, agent = status["processes"]["keeper"]["pid"], status["nodes"][0]["processes"]["agent"]["pid"]
+    os.kill(keeper, signal.SIGSTOP)  # or the agent would be back at once
+    try:
+        os.kill(agent, signal.SIGKILL)
+        mesh.apply(pod("waits", "node1", {}, namespace="world"))
+        refused = eventually(
+            "a CNI error",
+            lambda: (
+                (text := mesh.pod("world/waits").get("status", {}).get("message") or "").startswith("sandbox") and text
+            ),
+        )
+        assert "sidestep-cni ADD: the sidestep agent of this node does not answer" in refused
+        assert not mesh.pod("world/waits")["status"].get("podIPs")
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    try:
+        eventually("it runs", lambda: mesh.pod("world/waits")["status"].get("phase") == "Running")
+    finally:
+        mesh.delete_pod("world/waits")
 
 
 @pytest.mark.parametrize("after", [0.15, 0.4, 0.8, 1.3])
