@@ -174,10 +174,22 @@ def _fields(kind: Any, obj: dict[str, Any]) -> list[str]:
         ({"initContainers": []}, "spec.initContainers"),
         ({"hostNetwork": True}, "spec.hostNetwork"),
         ({"hostPID": True}, "spec.hostPID"),
-        ({"dnsPolicy": "Default"}, "spec.dnsPolicy"),
+        ({"dnsPolicy": "None"}, "spec.dnsPolicy"),
         ({"automountServiceAccountToken": True}, "spec.automountServiceAccountToken"),
         ({"securityContext": {"fsGroup": 1}}, "spec.securityContext.fsGroup"),
         ({"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}, "spec.volumes[0].hostPath"),
+        (
+            {"volumes": [{"name": "v", "projected": {"sources": [{"serviceAccountToken": {"path": "../../x"}}]}}]},
+            "spec.volumes[0].projected.sources[0].serviceAccountToken.path",
+        ),
+        (
+            {"volumes": [{"name": "v", "configMap": {"name": "m", "items": [{"key": "k", "path": "/x"}]}}]},
+            "spec.volumes[0].configMap.items[0].path",
+        ),
+        (
+            {"container": {"securityContext": {"capabilities": {"add": ["FLY"]}}}},
+            "spec.containers[0].securityContext.capabilities.add[0]",
+        ),
         ({"nodeSelector": {"a": 1}}, "spec.nodeSelector.a"),
         ({"terminationGracePeriodSeconds": -1}, "spec.terminationGracePeriodSeconds"),
         ({"container": {"livenessProbe": {}}}, "spec.containers[0].livenessProbe"),

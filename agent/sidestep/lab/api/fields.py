@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from ipaddress import ip_address
 from typing import Any
 
+from sidestep.lab import podspec
 from sidestep.lab.api.errors import Problem
 from sidestep.lab.api.resources import (
     CONFIG_MAP,
@@ -29,16 +30,15 @@ from sidestep.lab.api.resources import (
 
 Check = Callable[[Any, str, list[Problem]], None]
 
-MIRROR = (
-    "kubernetes.io/config.mirror"  # a pod that the node's own part runs; the only ones that may use the host network
-)
+# A pod that the node's own part runs has this annotation; only such a pod may use the host's network.
+MIRROR = podspec.MIRROR_ANNOTATION
 ANNOTATIONS_BYTES = 256 * 1024
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _QUALIFIED = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
-_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
+_KEY = re.compile(r"(?!\.\.|\.$)[-._a-zA-Z0-9]{1,253}")
 _ENV = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
 _FIELD_REF = re.compile(
     r"metadata\.(name|namespace|uid)|metadata\.(labels|annotations)\['[^']+'\]"
@@ -211,10 +211,28 @@ _TEMPLATE_METADATA = structure(
 
 # -- pods ----------------------------------------------------------------------------------------------------------
 
-_ITEMS = listing(structure({"key": TEXT, "path": TEXT, "mode": integer(0, 0o777)}, ("key", "path")), "path")
+
+def _inside(value: Any, path: str, problems: list[Problem]) -> None:
+    """A path in a volume, which must not lead out of it: the node's part writes there as root."""
+    if not isinstance(value, str) or not value or value.startswith("/") or ".." in value.split("/") or "\0" in value:
+        _say(problems, path, f"{str(value)[:80]!r} must be a relative path without '..'")
+
+
+_ITEMS = listing(structure({"key": TEXT, "path": _inside, "mode": integer(0, 0o777)}, ("key", "path")), "path")
+_DOWNWARD = re.compile(r"metadata\.(name|namespace|uid)|metadata\.(labels|annotations)\['[^']+'\]|spec\.[a-zA-Z]+")
+_DOWNWARD_ITEM = structure(
+    {
+        "path": _inside,
+        "fieldRef": structure(
+            {"apiVersion": only("v1"), "fieldPath": text(_DOWNWARD, 400, "is not a field that the lab can hand in")},
+            ("fieldPath",),
+        ),
+    },
+    ("path", "fieldRef"),
+)
 _NAMED_FILES: dict[str, Check] = {"name": TEXT, "items": _ITEMS, "optional": boolean}
-_TOKEN = structure({"audience": TEXT, "expirationSeconds": integer(600, 1 << 32), "path": TEXT}, ("path",))
-_SOURCES = ("serviceAccountToken", "configMap", "secret")
+_TOKEN = structure({"audience": TEXT, "expirationSeconds": integer(600, 1 << 32), "path": _inside}, ("path",))
+_SOURCES = ("serviceAccountToken", "configMap", "secret", "downwardAPI")
 _PROJECTED = structure(
     {
         "defaultMode": integer(0, 0o777),
@@ -224,6 +242,7 @@ _PROJECTED = structure(
                     "serviceAccountToken": _TOKEN,
                     "configMap": structure(_NAMED_FILES),
                     "secret": structure(_NAMED_FILES),
+                    "downwardAPI": structure({"items": listing(_DOWNWARD_ITEM, "path")}),
                 },
                 one_of=_SOURCES,
             )
@@ -233,7 +252,7 @@ _PROJECTED = structure(
 _VOLUME = structure(
     {
         "name": LABEL,
-        "emptyDir": structure({"medium": only("", "Memory")}),
+        "emptyDir": structure({"medium": only("")}),
         "configMap": structure({**_NAMED_FILES, "defaultMode": integer(0, 0o777)}, ("name",)),
         "secret": structure(
             {"secretName": TEXT, "items": _ITEMS, "optional": boolean, "defaultMode": integer(0, 0o777)},
@@ -250,7 +269,9 @@ _PROBE = structure(
             {
                 "path": TEXT,
                 "port": port_or_name,
-                "scheme": only("HTTP"),
+                "scheme": only("HTTP", "HTTPS"),
+                "host": TEXT,
+                "httpHeaders": listing(structure({"name": TEXT, "value": TEXT}, ("name",))),
             },
             ("port",),
         ),
@@ -264,7 +285,21 @@ _PROBE = structure(
     },
     one_of=("httpGet", "tcpSocket", "exec"),
 )
-_CAPABILITY = text(re.compile(r"(CAP_)?[A-Z_]{2,32}"), 32, "must be a capability like NET_RAW")
+
+
+def _mount_path(value: Any, path: str, problems: list[Problem]) -> None:
+    if not isinstance(value, str) or not value.startswith("/") or ".." in value.split("/") or "\0" in value:
+        _say(problems, path, f"{str(value)[:80]!r} must be an absolute path without '..'")
+
+
+_CAPABILITIES = frozenset({"ALL", *podspec.CAPABILITIES})
+
+
+def _capability(value: Any, path: str, problems: list[Problem]) -> None:
+    if not isinstance(value, str) or value.upper().removeprefix("CAP_") not in _CAPABILITIES:
+        _say(problems, path, f"{str(value)[:80]!r} is no capability; one is like NET_RAW")
+
+
 _CONTAINER = structure(
     {
         "name": LABEL,
@@ -310,7 +345,7 @@ _CONTAINER = structure(
             {
                 "runAsUser": integer(0),
                 "runAsGroup": integer(0),
-                "capabilities": structure({"add": listing(_CAPABILITY), "drop": listing(_CAPABILITY)}),
+                "capabilities": structure({"add": listing(_capability), "drop": listing(_capability)}),
                 "privileged": only(False),
                 "readOnlyRootFilesystem": only(False),
             }
@@ -319,8 +354,9 @@ _CONTAINER = structure(
             structure(
                 {
                     "name": LABEL,
-                    "mountPath": text(re.compile(r"/[^:]*"), 4096, "must be an absolute path without ':'"),
+                    "mountPath": _mount_path,
                     "readOnly": boolean,
+                    "subPath": _inside,
                 },
                 ("name", "mountPath"),
             ),
@@ -341,12 +377,15 @@ _POD_FIELDS: dict[str, Check] = {
     "automountServiceAccountToken": only(False),
     "restartPolicy": only("Always", "OnFailure", "Never"),
     "terminationGracePeriodSeconds": integer(0),
-    "dnsPolicy": only("ClusterFirst"),
+    "dnsPolicy": only("ClusterFirst", "Default"),
     "schedulerName": only("default-scheduler"),
     "enableServiceLinks": only(False),
     "hostNetwork": boolean,
-    "securityContext": structure({}),
+    "securityContext": structure({"runAsUser": integer(0), "runAsGroup": integer(0)}),
     "tolerations": kept,  # the lab's nodes have no taints
+    "priority": kept,  # and no pod is ever evicted
+    "priorityClassName": kept,
+    "preemptionPolicy": kept,
     "imagePullSecrets": kept,
 }
 _POD_SPEC = structure(_POD_FIELDS, ("containers",))
@@ -373,8 +412,9 @@ def _pod(value: Any, path: str, problems: list[Problem]) -> None:
         for number, entry in enumerate(container.get("env", ())):
             if "value" in entry and entry["value"] and "valueFrom" in entry:
                 _say(problems, f"{here}.env[{number}].valueFrom", "value and valueFrom exclude each other")
-        if not container.get("command") and not container.get("args") and not value.get("hostNetwork"):
-            _say(problems, f"{here}.command", "must be given: the lab has no images", "FieldValueRequired")
+        if not container.get("command") and not value.get("hostNetwork"):
+            why = "must be given: the image is the host, it has no entry point"
+            _say(problems, f"{here}.command", why, "FieldValueRequired")
     if value.get("serviceAccount", value.get("serviceAccountName")) != value.get("serviceAccountName"):
         _say(problems, f"{path}.serviceAccount", "differs from serviceAccountName")
 
