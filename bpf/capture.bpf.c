@@ -15,8 +15,13 @@
  *
  * Who is the engine: sockets with an entry in `engine_sk`, socket-local storage that only the holder of the map can
  * write (a mark could be set by the application). Children of a marked listener inherit it (F_CLONE). A SYN-ACK is told
- * by its listener's storage. What has no full TCP socket (the last ACK of TIME_WAIT, a RST) carries no data and follows
- * its connection: where a local socket would take it, it is turned around, else it may leave.
+ * by its listener's storage. What has no full TCP socket (the last ACK of TIME_WAIT, a RST, a SYN cookie's SYN-ACK)
+ * carries no data and follows its connection: where a local socket would take it, it is turned around, else it may
+ * leave.
+ *
+ * SYN cookies: an application's listener that is over its backlog keeps no request, so the engine's third packet meets
+ * no connection, and steer is asked again. The tag must be there again: `out_lo` tags the engine's packets until one of
+ * them meets a connection.
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -67,7 +72,7 @@ struct {
         __uint(type, BPF_MAP_TYPE_LRU_HASH);
         __uint(max_entries, CAPTURE_MAX_OWN);
         __type(key, struct capture_own_key);
-        __type(value, __u8);
+        __type(value, __u64); /* when, CLOCK_MONOTONIC in ns */
 } own SEC(".maps");
 
 struct {
@@ -91,6 +96,14 @@ struct {
         __type(value, __u64);
 } counters SEC(".maps");
 
+/* Set while a program of ours asks for a connection: the look-up runs steer, which then has no say. */
+struct {
+        __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+        __uint(max_entries, 1);
+        __type(key, __u32);
+        __type(value, __u32);
+} asking SEC(".maps");
+
 static __always_inline void count(__u32 what)
 {
         __u64 *n = bpf_map_lookup_elem(&counters, &what);
@@ -111,10 +124,11 @@ static __always_inline int drop(__u32 why)
         return TC_ACT_SHOT;
 }
 
+/* UNSPEC: filters of others, behind ours, are asked too. */
 static __always_inline int pass(__u32 why)
 {
         count(why);
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
 }
 
 /* The packet goes back into the pod's own stack, where steer finds the engine. */
@@ -130,7 +144,7 @@ struct packet {
         struct bpf_sock_tuple tuple; /* in the packet's own direction */
         __u32 tuple_size;
         __u32 seq; /* host order */
-        bool syn, ack, payload;
+        bool syn, ack, rst, payload;
 };
 
 /* Where the TCP header is: > 0; 0: not TCP or none of our business; < 0: -reason to drop. */
@@ -202,9 +216,13 @@ static __always_inline int find_tcp6(struct __sk_buff *skb, struct packet *p)
 static __always_inline int find_tcp(struct __sk_buff *skb, struct packet *p)
 {
         int at = 0;
+        __be16 type;
         if (skb->vlan_present)
                 return -COUNT_DROP_VLAN;
-        switch (bpf_ntohs(skb->protocol)) {
+        /* As the frame says it, which is what the other end will read: a packet socket may claim any skb->protocol. */
+        if (bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &type, sizeof(type)) < 0)
+                return -COUNT_DROP_SHORT;
+        switch (bpf_ntohs(type)) {
         case ETH_P_IP:
                 at = find_tcp4(skb, p);
                 break;
@@ -224,6 +242,7 @@ static __always_inline int find_tcp(struct __sk_buff *skb, struct packet *p)
         p->seq = bpf_ntohl(tcp.seq);
         p->syn = tcp.syn;
         p->ack = tcp.ack;
+        p->rst = tcp.rst;
         p->payload = skb->len > (__u32)at + tcp.doff * 4;
         if (p->tuple_size == sizeof(p->tuple.ipv4)) {
                 p->tuple.ipv4.sport = tcp.source;
@@ -235,11 +254,21 @@ static __always_inline int find_tcp(struct __sk_buff *skb, struct packet *p)
         return at;
 }
 
-/* Would this packet, if it came in, reach a connection of this namespace (or its TIME_WAIT)? Then the other end is the
- * engine. The lookup runs steer as well when it finds no connection: a listener is no answer. */
-static __always_inline bool peer_is_local(struct __sk_buff *skb, struct packet *p)
+/* Would this packet, if it came in, meet a connection of this namespace (or its request, or its TIME_WAIT)? On the way
+ * out of eth0 the other end then is the engine. A listener is no answer. */
+static __always_inline bool meets_connection(struct __sk_buff *skb, struct packet *p)
 {
-        struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &p->tuple, p->tuple_size, BPF_F_CURRENT_NETNS, 0);
+        __u32 zero = 0;
+        __u32 *ask = bpf_map_lookup_elem(&asking, &zero);
+        if (!ask)
+                return true; /* cannot be */
+        __u32 size = p->tuple_size;
+        barrier_var(size); /* the verifier wants to see a constant */
+        if (size != sizeof(p->tuple.ipv4))
+                size = sizeof(p->tuple.ipv6);
+        *ask = 1;
+        struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &p->tuple, size, BPF_F_CURRENT_NETNS, 0);
+        *ask = 0;
         if (!sk)
                 return false;
         bool connection = sk->state != TCP_LISTEN;
@@ -270,12 +299,12 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                 return turn(skb);
         } else {
                 fated = bpf_sk_storage_get(&fates, sk, 0, 0);
+                if (!fated && !native)
+                        return turn(skb); /* lenient: what was not noted is not from before */
                 if (!fated || fated->fate == FATE_NOTED) {
                         /* Seen for the first time in the middle: the engine's other end, or a connection from before.
                          */
-                        bool engine = peer_is_local(skb, p);
-                        if (!fated && !engine && !native)
-                                return turn(skb); /* lenient: what was not noted is not from before */
+                        bool engine = meets_connection(skb, p);
                         if (!engine)
                                 now.fate = FATE_NATIVE;
                         if (!fated)
@@ -296,38 +325,40 @@ int out_eth(struct __sk_buff *skb)
         struct packet p = {};
         __u32 m = mode();
         if (m == MODE_OFF)
-                return pass(COUNT_NATIVE);
+                return TC_ACT_UNSPEC;
+        struct bpf_sock *full = NULL, *sk = skb->sk;
+        if (sk) {
+                full = bpf_sk_fullsock(sk);
+                if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0))
+                        return pass(COUNT_ENGINE);
+        }
         int at = find_tcp(skb, &p);
         if (at == 0)
                 return pass(COUNT_LOCAL);
         if (at < 0)
                 return m == MODE_STRICT || m == MODE_LENIENT ? drop(-at) : pass(COUNT_NATIVE);
 
-        struct bpf_sock *sk = skb->sk;
-        if (sk) {
-                struct bpf_sock *full = bpf_sk_fullsock(sk);
-                if (!full) {
-                        /* A SYN-ACK: its request socket points to the listener. */
-                        struct bpf_sock *listener = bpf_get_listener_sock(sk);
-                        if (listener && bpf_sk_storage_get(&engine_sk, listener, 0, 0))
-                                return pass(COUNT_ENGINE);
-                        if (listener && (m == MODE_NOTING || m == MODE_DRAINING) && !peer_is_local(skb, &p))
-                                return pass(COUNT_NATIVE);
-                        if (listener)
-                                return turn(skb);
-                } else {
-                        if (bpf_sk_storage_get(&engine_sk, full, 0, 0))
-                                return pass(COUNT_ENGINE);
-                        /* The kernel's control socket, raw and packet sockets are not STREAM. */
-                        __u32 type = *(volatile __u32 *)&full->type;
-                        __u32 protocol = *(volatile __u32 *)&full->protocol;
-                        if (type == SOCK_STREAM && protocol == IPPROTO_TCP)
-                                return decide(skb, full, &p, m);
-                }
+        if (full) {
+                /* The kernel's control socket, raw and packet sockets are not STREAM. */
+                __u32 type = *(volatile __u32 *)&full->type;
+                __u32 protocol = *(volatile __u32 *)&full->protocol;
+                if (type == SOCK_STREAM && protocol == IPPROTO_TCP)
+                        return decide(skb, full, &p, m);
+        } else if (sk) {
+                /* A SYN-ACK: its request socket points to the listener. */
+                struct bpf_sock *listener = bpf_get_listener_sock(sk);
+                if (listener && bpf_sk_storage_get(&engine_sk, listener, 0, 0))
+                        return pass(COUNT_ENGINE);
+                if (listener && (m == MODE_NOTING || m == MODE_DRAINING) && !meets_connection(skb, &p))
+                        return pass(COUNT_NATIVE);
+                if (listener)
+                        return turn(skb);
         }
         if (m == MODE_NOTING || m == MODE_DRAINING)
-                return peer_is_local(skb, &p) ? turn(skb) : pass(COUNT_NATIVE);
-        if (p.payload || p.syn || peer_is_local(skb, &p))
+                return meets_connection(skb, &p) ? turn(skb) : pass(COUNT_NATIVE);
+        /* A SYN has a socket, a SYN-ACK a request; only the SYN-ACK of a SYN cookie has nothing. */
+        bool opens = p.syn && !(p.ack && !sk);
+        if (p.payload || opens || meets_connection(skb, &p))
                 return turn(skb);
         return pass(COUNT_CONTROL);
 }
@@ -338,7 +369,7 @@ int in_lo(struct __sk_buff *skb)
         /* The frame carries the gateway's MAC: without this ip_rcv would take it for somebody else's. */
         if (skb->mark == CAPTURE_MARK_TURNED)
                 bpf_skb_change_type(skb, 0 /* PACKET_HOST */);
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
 }
 
 static __always_inline void mapped(__u8 *to, __u32 ip4)
@@ -353,13 +384,16 @@ int out_lo(struct __sk_buff *skb)
 {
         struct bpf_sock *sk = skb->sk;
         if (!sk)
-                return TC_ACT_OK;
+                return TC_ACT_UNSPEC;
         sk = bpf_sk_fullsock(sk);
-        if (!sk || !bpf_sk_storage_get(&engine_sk, sk, 0, 0))
-                return TC_ACT_OK;
+        if (!sk)
+                return TC_ACT_UNSPEC;
+        __u32 *engine = bpf_sk_storage_get(&engine_sk, sk, 0, 0);
+        if (!engine || mode() == MODE_OFF)
+                return TC_ACT_UNSPEC;
         struct packet p = {};
-        if (find_tcp(skb, &p) <= 0 || !p.syn || p.ack)
-                return TC_ACT_OK;
+        if (find_tcp(skb, &p) <= 0 || p.rst)
+                return TC_ACT_UNSPEC;
         struct capture_own_key key = {};
         if (p.tuple_size == sizeof(p.tuple.ipv4)) {
                 mapped(key.remote, p.tuple.ipv4.saddr);
@@ -370,9 +404,19 @@ int out_lo(struct __sk_buff *skb)
                 key.remote_port = bpf_ntohs(p.tuple.ipv6.sport);
                 key.local_port = bpf_ntohs(p.tuple.ipv6.dport);
         }
-        __u8 one = 1;
-        count(bpf_map_update_elem(&own, &key, &one, BPF_ANY) == 0 ? COUNT_TAGGED : COUNT_TAG_FULL);
-        return TC_ACT_OK;
+        if (key.local_port == CAPTURE_HBONE_PORT) /* nobody's but the engine's */
+                return TC_ACT_UNSPEC;
+        if (p.syn && !p.ack) {
+                *engine = ENGINE_CONNECTS;
+        } else if (*engine != ENGINE_CONNECTS) {
+                return TC_ACT_UNSPEC;
+        } else if (meets_connection(skb, &p)) {
+                *engine = ENGINE_SOCKET; /* the application has it: no tag may be left behind */
+                return TC_ACT_UNSPEC;
+        }
+        __u64 now = bpf_ktime_get_ns();
+        count(bpf_map_update_elem(&own, &key, &now, BPF_ANY) == 0 ? COUNT_TAGGED : COUNT_TAG_FULL);
+        return TC_ACT_UNSPEC;
 }
 
 static __always_inline int give(struct bpf_sk_lookup *ctx, __u32 slot, __u32 counter)
@@ -394,7 +438,9 @@ int steer(struct bpf_sk_lookup *ctx)
         __u32 m = mode();
         struct capture_address local = {};
         struct capture_own_key key = {};
-        if (ctx->protocol != IPPROTO_TCP || m == MODE_OFF)
+        __u32 zero = 0;
+        __u32 *ask = bpf_map_lookup_elem(&asking, &zero);
+        if (ctx->protocol != IPPROTO_TCP || m == MODE_OFF || (ask && *ask))
                 return SK_PASS;
         if (ctx->family == AF_INET) {
                 mapped(local.ip, ctx->local_ip4);
@@ -411,20 +457,27 @@ int steer(struct bpf_sk_lookup *ctx)
                 if (local.ip[0] == 0xfe && (local.ip[1] & 0xc0) == 0x80)
                         return SK_PASS;
         }
+        key.remote_port = bpf_ntohs((__u16)ctx->remote_port);
+        key.local_port = (__u16)ctx->local_port;
+        __u64 *tag = bpf_map_lookup_elem(&own, &key);
+        if (tag) {
+                /* A packet on lo arrives at once: an old tag is one whose packet was lost, and belongs to nobody. */
+                bool fresh = bpf_ktime_get_ns() - *tag < CAPTURE_OWN_NS;
+                bpf_map_delete_elem(&own, &key);
+                if (fresh) {
+                        count(COUNT_IN_OWN);
+                        return SK_PASS;
+                }
+        }
         if (!bpf_map_lookup_elem(&addresses, &local))
                 return give(ctx, SLOT_OUTBOUND, COUNT_IN_OUTBOUND); /* only our rule delivers what is not the pod's */
-        if (__builtin_memcmp(local.ip, key.remote, 16) == 0) {
+        if (ctx->local_port == CAPTURE_HBONE_PORT)
+                return give(ctx, SLOT_HBONE, COUNT_IN_HBONE);
+        __builtin_memcpy(local.ip, key.remote, 16);
+        if (bpf_map_lookup_elem(&addresses, &local)) {
                 count(COUNT_IN_SELF);
                 return SK_PASS;
         }
-        key.remote_port = bpf_ntohs((__u16)ctx->remote_port);
-        key.local_port = (__u16)ctx->local_port;
-        if (bpf_map_delete_elem(&own, &key) == 0) {
-                count(COUNT_IN_OWN);
-                return SK_PASS;
-        }
-        if (ctx->local_port == CAPTURE_HBONE_PORT)
-                return give(ctx, SLOT_HBONE, COUNT_IN_HBONE);
         if (m == MODE_DRAINING) {
                 count(COUNT_IN_NATIVE);
                 return SK_PASS;

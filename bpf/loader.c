@@ -13,9 +13,14 @@
  *
  * To lenient, in this order: mode NOTING (everything passes, what sends is noted), filters, sk_lookup (from here on new
  * connections are the engine's), a pass of the iterator (everything that is open is noted), and once no half-open
- * connection from before is left, LENIENT. The half-open ones are those of listeners without our storage; the iterator
- * cannot see a request's listener, so they are told by their tuples: requests that were there in the first pass, minus
- * those that are gone.
+ * connection from before is left, LENIENT. A half-open connection is from before if its first SYN-ACK was sent before
+ * sk_lookup had its say for certain (an RCU grace period after it was attached); that moment is kept in the map `pod`,
+ * so that a repeated call does not begin anew.
+ *
+ * To draining: what is not noted is the engine's, and is marked so by the iterator before anything may pass; its
+ * packets are turned around for ever, also when the engine dies.
+ *
+ * The iterator needs the kernel's BTF, which takes time and memory to read, so it is loaded when it is first needed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -26,6 +31,7 @@
 #include <limits.h>
 #include <linux/fib_rules.h>
 #include <linux/if_link.h>
+#include <linux/membarrier.h>
 #include <linux/rtnetlink.h>
 #include <net/if.h>
 #include <sched.h>
@@ -36,20 +42,23 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #include "loader.h"
 #include "maps.h"
 #include "capture.skel.h"
 #include "survey.skel.h"
 
-#define CAPTURE_PREF 0x5353
+#define CAPTURE_PREF 1 /* before everybody's */
 #define CAPTURE_HANDLE 1
 #define CAPTURE_TABLE 100
 #define CAPTURE_RULE_PREF 32764
-#define REQUESTS_MAX 4096
 
-static const char *const map_names[] = {"listeners", "engine_sk", "fates", "own", "pod", "addresses", "counters"};
-static const char *const program_names[] = {"out_eth", "in_lo", "out_lo", "steer", "note", "survey"};
+static const char *const map_names[] = {"listeners", "engine_sk", "fates",    "own",
+                                        "asking",    "addresses", "counters", "pod"};
+static const char *const program_names[] = {"out_eth", "in_lo", "out_lo", "steer"};
+static const char *const survey_names[] = {"note", "claim", "survey"}; /* loaded when needed */
 
 static int fail(char *error, int code, const char *format, ...)
 {
@@ -312,36 +321,41 @@ static int filter_detach(const struct filter *f, int ifindex)
         return result == -ENOENT || result == -EINVAL ? 0 : result; /* not there; no clsact */
 }
 
-/* The link's namespace, 0 where there is no link or its namespace is gone. */
-static uint64_t link_netns(const char *pins)
+/* Is the link there, in this namespace, with the pinned program? */
+static bool link_is_there(const char *pins, uint64_t ino)
 {
-        int fd = open_pin(pins, "link");
-        if (fd < 0)
-                return 0;
+        int link = open_pin(pins, "link"), program = open_pin(pins, "steer");
         struct bpf_link_info info = {0};
         uint32_t length = sizeof(info);
-        int result = bpf_obj_get_info_by_fd(fd, &info, &length);
-        close(fd);
-        return result == 0 ? info.netns.netns_ino : 0;
+        bool found = link >= 0 && program >= 0 && bpf_obj_get_info_by_fd(link, &info, &length) == 0 &&
+                     info.netns.netns_ino == ino && info.prog_id == program_id(program);
+        if (link >= 0)
+                close(link);
+        if (program >= 0)
+                close(program);
+        return found;
 }
 
 static int link_attach(const char *pins, int netns, uint64_t ino)
 {
         char path[PATH_MAX];
-        if (link_netns(pins) == ino)
+        if (link_is_there(pins, ino))
                 return 0;
-        path_of(path, pins, "link");
-        unlink(path); /* of a namespace that is gone */
         int program = open_pin(pins, "steer");
         if (program < 0)
                 return program;
+        path_of(path, pins, "link");
+        int old =
+                open_pin(pins, "link"); /* of a namespace that is gone, or with another program: until ours is there */
         int link = bpf_link_create(program, netns, BPF_SK_LOOKUP, NULL), result = 0;
         if (link < 0)
                 result = -errno;
-        else if (bpf_obj_pin(link, path) < 0)
+        else if ((unlink(path) < 0 && errno != ENOENT) || bpf_obj_pin(link, path) < 0)
                 result = -errno;
         if (link >= 0)
                 close(link);
+        if (old >= 0)
+                close(old);
         close(program);
         return result;
 }
@@ -453,20 +467,30 @@ static int set_addresses(int map, const char *addresses, char *error)
 
 /* -- loading ------------------------------------------------------------------------------------------------------ */
 
-static bool all_pinned(const char *pins)
+static bool all_there(const char *pins, const char *const *names, size_t n)
 {
         char path[PATH_MAX];
-        for (size_t i = 0; i < sizeof(map_names) / sizeof(*map_names); i++) {
-                path_of(path, pins, map_names[i]);
-                if (access(path, F_OK) < 0)
-                        return false;
-        }
-        for (size_t i = 0; i < sizeof(program_names) / sizeof(*program_names); i++) {
-                path_of(path, pins, program_names[i]);
+        for (size_t i = 0; i < n; i++) {
+                path_of(path, pins, names[i]);
                 if (access(path, F_OK) < 0)
                         return false;
         }
         return true;
+}
+
+static bool all_pinned(const char *pins)
+{
+        return all_there(pins, map_names, sizeof(map_names) / sizeof(*map_names)) &&
+               all_there(pins, program_names, sizeof(program_names) / sizeof(*program_names));
+}
+
+static void unpin(const char *pins, const char *const *names, size_t n)
+{
+        char path[PATH_MAX];
+        for (size_t i = 0; i < n; i++) {
+                path_of(path, pins, names[i]);
+                unlink(path);
+        }
 }
 
 static int pin_programs(struct bpf_object *object, const char *pins)
@@ -501,24 +525,30 @@ static int pin_maps(struct bpf_object *object, const char *pins)
 static int load(const char *pins, char *error)
 {
         struct capture_bpf *capture = capture_bpf__open();
-        struct survey_bpf *survey = survey_bpf__open();
-        int result = -ENOMEM;
-        if (!capture || !survey) {
+        int result = capture ? 0 : -errno;
+        if (result < 0) {
                 fail(error, result, "open the BPF objects");
-                goto out;
+                return result;
         }
-        if ((result = pin_maps(capture->obj, pins)) < 0 || (result = capture_bpf__load(capture)) < 0) {
+        if ((result = pin_maps(capture->obj, pins)) < 0 || (result = capture_bpf__load(capture)) < 0)
                 fail(error, result, "load the capture programs (`sidestep check` says what the kernel lacks)");
-                goto out;
-        }
-        if ((result = pin_maps(survey->obj, pins)) < 0 || (result = survey_bpf__load(survey)) < 0) {
-                fail(error, result, "load the socket iterator (`sidestep check` says what the kernel lacks)");
-                goto out;
-        }
-        if ((result = pin_programs(capture->obj, pins)) < 0 || (result = pin_programs(survey->obj, pins)) < 0)
+        else if ((result = pin_programs(capture->obj, pins)) < 0)
                 fail(error, result, "pin the programs in %s", pins);
-out:
         capture_bpf__destroy(capture);
+        return result;
+}
+
+/* The iterators, if they are not there yet. They share the maps of the pins. */
+static int load_survey(const char *pins)
+{
+        if (all_there(pins, survey_names, sizeof(survey_names) / sizeof(*survey_names)))
+                return 0;
+        struct survey_bpf *survey = survey_bpf__open();
+        int result = survey ? 0 : -errno;
+        if (result < 0)
+                return result;
+        if ((result = pin_maps(survey->obj, pins)) == 0 && (result = survey_bpf__load(survey)) == 0)
+                result = pin_programs(survey->obj, pins);
         survey_bpf__destroy(survey);
         return result;
 }
@@ -529,8 +559,11 @@ int capture_prepare(const char *pins, const char *addresses, char *error)
         int result = make_directories(pins);
         if (result < 0)
                 return fail(error, result, "directory %s", pins);
-        if (!all_pinned(pins) && (result = load(pins, error)) < 0)
-                return result;
+        if (!all_pinned(pins)) {
+                unpin(pins, survey_names, sizeof(survey_names) / sizeof(*survey_names)); /* of maps that may be gone */
+                if ((result = load(pins, error)) < 0)
+                        return result;
+        }
         int map = open_pin(pins, "addresses");
         if (map < 0)
                 return fail(error, map, "map addresses in %s", pins);
@@ -557,17 +590,20 @@ int capture_maps(const char *pins, int *listeners, int *engine_sk, char *error)
 
 /* -- the survey --------------------------------------------------------------------------------------------------- */
 
-static bool same_request(const struct capture_seen *a, const struct capture_seen *b)
-{
-        return memcmp(a, b, offsetof(struct capture_seen, kind)) == 0;
-}
+/* What an iterator saw: room for it grows as needed. */
+struct survey {
+        struct capture_seen *seen;
+        size_t n, room;
+};
 
-/* Runs an iterator inside the namespace. Counts old connections; collects the requests (up to max, more is -E2BIG). */
-static int run_survey(const char *pins, const char *program, struct capture_seen *requests, int max, int *nrequests,
-                      int *old)
+/* Runs an iterator inside the namespace. The caller frees s->seen, also after an error. */
+static int run_survey(const char *pins, const char *program, struct survey *s)
 {
-        int result = 0, fd = open_pin(pins, program), link = -1, iterator = -1;
-        *nrequests = *old = 0;
+        int result = load_survey(pins), fd = -1, link = -1, iterator = -1;
+        s->n = 0;
+        if (result < 0)
+                return result;
+        fd = open_pin(pins, program);
         if (fd < 0)
                 return fd;
         link = bpf_link_create(fd, 0, BPF_TRACE_ITER, NULL);
@@ -580,26 +616,28 @@ static int run_survey(const char *pins, const char *program, struct capture_seen
                 result = -errno;
                 goto out;
         }
-        struct capture_seen seen[256];
+        size_t bytes = 0;
         for (;;) {
-                ssize_t n = read(iterator, seen, sizeof(seen));
+                if (s->room * sizeof(*s->seen) - bytes < 4096) {
+                        size_t room = s->room ? 2 * s->room : 1024;
+                        struct capture_seen *more = realloc(s->seen, room * sizeof(*more));
+                        if (!more) {
+                                result = -ENOMEM;
+                                break;
+                        }
+                        s->seen = more;
+                        s->room = room;
+                }
+                ssize_t n = read(iterator, (char *)s->seen + bytes, s->room * sizeof(*s->seen) - bytes);
                 if (n < 0 && (errno == EAGAIN || errno == EINTR))
                         continue;
                 if (n <= 0) {
                         result = n < 0 ? -errno : 0;
                         break;
                 }
-                for (size_t i = 0; i < (size_t)n / sizeof(*seen); i++) {
-                        *old += seen[i].kind == KIND_OLD;
-                        if (seen[i].kind != KIND_REQUEST || !requests)
-                                continue;
-                        if (*nrequests == max) {
-                                result = -E2BIG;
-                                goto out;
-                        }
-                        requests[(*nrequests)++] = seen[i];
-                }
+                bytes += (size_t)n;
         }
+        s->n = bytes / sizeof(*s->seen);
 out:
         if (iterator >= 0)
                 close(iterator);
@@ -609,48 +647,77 @@ out:
         return result;
 }
 
-/* Notes all that is open, and looks for WAIT_ROUNDS * 10 ms whether each half-open connection that was there at first
- * is done. 0: none is left, and every connection was noted after that; -EAGAIN. */
+static uint64_t now_us(void)
+{
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
+/* From when on every new connection is told by what is attached now: what the kernel began before is done. */
+static uint64_t settled_us(void)
+{
+        /* A GLOBAL membarrier is an RCU grace period; kernels with nohz_full refuse it. */
+        if (syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) < 0)
+                usleep(100000);
+        return now_us();
+}
+
+/* Notes all that is open, and looks for WAIT_ROUNDS * 10 ms whether half-open connections from before are left. 0:
+ * none, and every connection was noted after that; -EAGAIN. */
 #define WAIT_ROUNDS 50
 
-static int note_all(const char *pins, char *error)
+static int note_all(const char *pins, uint64_t since_us, char *error)
 {
-        struct capture_seen *first = calloc(REQUESTS_MAX, sizeof(*first)), *now = calloc(REQUESTS_MAX, sizeof(*now));
-        int nfirst = 0, nnow = 0, old = 0, result = -ENOMEM;
-        if (!first || !now)
-                goto out;
-        result = run_survey(pins, "note", first, REQUESTS_MAX, &nfirst, &old);
-        for (int round = 0; result == 0 && nfirst > 0; round++) {
+        struct survey s = {0};
+        int result, left = 0;
+        for (int round = 0;; round++) {
+                if ((result = run_survey(pins, "note", &s)) < 0)
+                        break;
+                left = 0;
+                for (size_t i = 0; i < s.n; i++)
+                        left += s.seen[i].kind == KIND_REQUEST && s.seen[i].synack_us <= since_us;
+                if (left == 0)
+                        break;
                 if (round == WAIT_ROUNDS) {
                         result = -EAGAIN;
                         break;
                 }
                 usleep(10000);
-                if ((result = run_survey(pins, "note", now, REQUESTS_MAX, &nnow, &old)) < 0)
-                        break;
-                int left = 0;
-                for (int i = 0; i < nfirst; i++)
-                        for (int j = 0; j < nnow; j++)
-                                if (same_request(&first[i], &now[j])) {
-                                        first[left++] = first[i];
-                                        break;
-                                }
-                nfirst = left;
         }
-out:
-        if (result < 0 && result != -EAGAIN)
+        free(s.seen);
+        if (result == -EAGAIN)
+                fail(error, result, "%d half-open connections from before", left);
+        else if (result < 0)
                 fail(error, result, "note the open connections");
-        else if (result == -EAGAIN)
-                fail(error, result, "%d half-open connections from before", nfirst);
-        free(first);
-        free(now);
         return result;
+}
+
+static int by_ends(const void *a, const void *b)
+{
+        return memcmp(a, b, offsetof(struct capture_seen, kind));
+}
+
+/* How many of them are old and go outside: a connection whose other end is here too never leaves the pod. Sorts. */
+static int count_old(struct survey *s)
+{
+        int old = 0;
+        if (s->n)
+                qsort(s->seen, s->n, sizeof(*s->seen), by_ends);
+        for (size_t i = 0; i < s->n; i++) {
+                const struct capture_seen *one = &s->seen[i];
+                struct capture_seen other = {.local_port = one->remote_port, .remote_port = one->local_port};
+                memcpy(other.local, one->remote, 16);
+                memcpy(other.remote, one->local, 16);
+                old += one->kind == KIND_OLD && !bsearch(&other, s->seen, s->n, sizeof(other), by_ends);
+        }
+        return old;
 }
 
 static int change_mode(const char *pins, int netns, const char *interface, int mode, char *error)
 {
-        struct capture_pod pod;
-        uint64_t ino;
+        struct capture_pod pod = {0};
+        uint64_t ino = 0;
         int result = read_pod(pins, &pod);
         if (result < 0)
                 return fail(error, result, "map pod in %s", pins);
@@ -658,6 +725,15 @@ static int change_mode(const char *pins, int netns, const char *interface, int m
                 return fail(error, result, "network namespace");
         bool native = pod.mode == MODE_OFF || pod.mode == MODE_DRAINING || pod.mode == MODE_NOTING;
         bool notes = mode == MODE_LENIENT && native;
+        if (mode == MODE_DRAINING && !native) {
+                struct survey s = {0};
+                result = run_survey(pins, "claim", &s);
+                free(s.seen);
+                if (result < 0)
+                        return fail(error, result, "mark the engine's connections");
+        }
+        if (pod.mode != MODE_NOTING)
+                pod.since_us = 0;
         pod.netns_ino = ino;
         pod.mode = notes ? MODE_NOTING : (uint32_t)mode;
         if ((result = write_pod(pins, &pod)) < 0)
@@ -673,7 +749,12 @@ static int change_mode(const char *pins, int netns, const char *interface, int m
                 return result;
         if ((result = link_attach(pins, netns, ino)) < 0)
                 return fail(error, result, "sk_lookup");
-        if ((result = note_all(pins, error)) < 0)
+        if (!pod.since_us) {
+                pod.since_us = settled_us();
+                if ((result = write_pod(pins, &pod)) < 0)
+                        return fail(error, result, "map pod in %s", pins);
+        }
+        if ((result = note_all(pins, pod.since_us, error)) < 0)
                 return result;
         pod.mode = MODE_LENIENT;
         result = write_pod(pins, &pod);
@@ -695,7 +776,7 @@ int capture_set_mode(const char *pins, int netns, const char *interface, int mod
 
 int capture_read(const char *pins, uint32_t *mode, uint64_t *netns_ino, char *error)
 {
-        struct capture_pod pod;
+        struct capture_pod pod = {0};
         int result = read_pod(pins, &pod);
         if (result < 0)
                 return fail(error, result, "map pod in %s", pins);
@@ -711,7 +792,7 @@ static int missing(const char *pins, uint64_t ino, const char *interface)
         for (size_t i = 0; i < sizeof(filters) / sizeof(*filters); i++)
                 if (!filter_is_there(&filters[i], pins, filters[i].on_lo ? 1 : ifindex))
                         found |= filters[i].missing;
-        if (link_netns(pins) != ino)
+        if (!link_is_there(pins, ino))
                 found |= CAPTURE_NO_STEER;
         if (accept_local(-1) != 1)
                 found |= CAPTURE_NO_ACCEPT_LOCAL;
@@ -725,7 +806,7 @@ static int missing(const char *pins, uint64_t ino, const char *interface)
 int capture_verify(const char *pins, int netns, const char *interface, char *error)
 {
         int back, result;
-        uint64_t ino;
+        uint64_t ino = 0;
         libbpf_set_print(silent);
         if ((result = inode_of(netns, &ino)) < 0 || (result = enter(netns, &back)) < 0)
                 return fail(error, result, "enter the network namespace");
@@ -750,13 +831,17 @@ int capture_listeners(const char *pins, char *error)
 
 int capture_old(const char *pins, int netns, char *error)
 {
-        int back, result, requests, old;
+        struct survey s = {0};
+        int back, result;
         libbpf_set_print(silent);
         if ((result = enter(netns, &back)) < 0)
                 return fail(error, result, "enter the network namespace");
-        result = run_survey(pins, "survey", NULL, 0, &requests, &old);
+        result = run_survey(pins, "survey", &s);
         leave(back);
-        return result < 0 ? fail(error, result, "look at the sockets of the namespace") : old;
+        if (result == 0)
+                result = count_old(&s);
+        free(s.seen);
+        return result < 0 ? fail(error, result, "look at the sockets of the namespace") : result;
 }
 
 static const char *const counter_names[] = {
@@ -811,6 +896,11 @@ int capture_counters(const char *pins, uint64_t *out, int n, char *error)
 
 static int unplumb(const char *pins, const char *interface, char *error)
 {
+        struct capture_pod pod = {0};
+        if (read_pod(pins, &pod) == 0) { /* all at once; the rest is tidying up */
+                pod.mode = MODE_OFF;
+                write_pod(pins, &pod);
+        }
         int ifindex = (int)if_nametoindex(interface), worst = 0;
         for (int i = (int)(sizeof(filters) / sizeof(*filters)) - 1; i >= 0; i--) {
                 int on = filters[i].on_lo ? 1 : ifindex;
@@ -846,14 +936,9 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
         }
         path_of(path, pins, "link");
         unlink(path);
-        for (size_t i = 0; i < sizeof(program_names) / sizeof(*program_names); i++) {
-                path_of(path, pins, program_names[i]);
-                unlink(path);
-        }
-        for (size_t i = 0; i < sizeof(map_names) / sizeof(*map_names); i++) {
-                path_of(path, pins, map_names[i]);
-                unlink(path);
-        }
+        unpin(pins, survey_names, sizeof(survey_names) / sizeof(*survey_names));
+        unpin(pins, program_names, sizeof(program_names) / sizeof(*program_names));
+        unpin(pins, map_names, sizeof(map_names) / sizeof(*map_names));
         if (rmdir(pins) < 0 && errno != ENOENT)
                 return fail(error, -errno, "directory %s", pins);
         return 0;

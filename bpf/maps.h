@@ -6,16 +6,13 @@
 #ifndef SIDESTEP_MAPS_H
 #define SIDESTEP_MAPS_H
 
-#ifdef __bpf__
 #include <linux/types.h>
-#else
-#include <linux/types.h>
-#endif
 
 #define CAPTURE_MARK_TURNED 0x111
 #define CAPTURE_HBONE_PORT 15008
 #define CAPTURE_MAX_ADDRESSES 16
 #define CAPTURE_MAX_OWN 16384
+#define CAPTURE_OWN_NS 1000000000ULL /* a tag's life */
 
 /* cdef begin */
 enum capture_slot { SLOT_OUTBOUND = 0, SLOT_INBOUND = 1, SLOT_HBONE = 2, SLOT_COUNT = 3 };
@@ -32,14 +29,14 @@ enum capture_counter {
         COUNT_TURNED,         /* outbound packets turned around */
         COUNT_ENGINE,         /* outbound packets of the engine's sockets */
         COUNT_OLD,            /* outbound packets of noted sockets */
-        COUNT_CONTROL,        /* data-free packets without a socket (TIME_WAIT, RST) that passed */
+        COUNT_CONTROL,        /* data-free packets without a socket (TIME_WAIT, RST, SYN cookie) that passed */
         COUNT_NATIVE,         /* outbound packets that passed because the mode lets them */
         COUNT_LOCAL,          /* not TCP, or not ours to touch */
         COUNT_DROP_FRAGMENT,  /* IPv4 fragments of TCP */
         COUNT_DROP_EXTENSION, /* IPv6 extension chains that end in TCP or are not known */
         COUNT_DROP_VLAN,
         COUNT_DROP_SHORT,  /* cannot be parsed */
-        COUNT_TAGGED,      /* the engine's connects to the application */
+        COUNT_TAGGED,      /* packets of the engine's connects to the application */
         COUNT_TAG_FULL,    /* no room for a tag: the engine resets the connection */
         COUNT_IN_OUTBOUND, /* SYNs given to the outbound listener */
         COUNT_IN_INBOUND,
@@ -55,7 +52,12 @@ struct capture_pod {
         __u32 mode;
         __u32 ifindex; /* of the interface that carries out_eth */
         __u64 netns_ino;
+        __u64 since_us; /* NOTING: since when steer gives new connections to the engine, CLOCK_MONOTONIC; 0: not yet */
 };
+
+/* Value of `engine_sk`. The engine writes ENGINE_SOCKET; CONNECTS is the programs' own: a connect to the application
+ * that has not met its connection yet. */
+enum capture_engine { ENGINE_SOCKET = 1, ENGINE_CONNECTS = 2 };
 
 /* What became of an application's socket; value of `fates`. */
 enum capture_fate {
@@ -79,6 +81,7 @@ struct capture_seen {
         __u16 local_port, remote_port; /* host order */
         __u8 kind, state;
         __u16 reserved;
+        __u64 synack_us; /* of a request: when its first SYN-ACK was sent, CLOCK_MONOTONIC; 0: not yet */
 };
 
 struct capture_address {

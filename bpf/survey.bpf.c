@@ -4,11 +4,10 @@
  * the kernel's BTF.
  *
  * `note` gives each socket that has no fate and is not the engine's the fate NOTED (bpf/capture.bpf.c asks at its next
- * packet whether the engine holds the other end); `survey` only looks. Both write a struct capture_seen for each
- * socket.
+ * packet whether the engine holds the other end); `claim` gives them the fate CAPTURED; `survey` only looks. All write
+ * a struct capture_seen for each socket.
  */
 #include <linux/bpf.h>
-#include <stdbool.h>
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -50,6 +49,9 @@ struct inet_connection_sock {
 struct tcp_sock {
         __u32 snd_una;
 };
+struct tcp_request_sock {
+        __u64 snt_synack;
+};
 struct seq_file {
         int dummy;
 };
@@ -85,7 +87,7 @@ static __always_inline void mapped(__u8 *to, __u32 ip4)
         __builtin_memcpy(to + 12, &ip4, 4);
 }
 
-static __always_inline int look(struct bpf_iter__tcp *ctx, bool note)
+static __always_inline int look(struct bpf_iter__tcp *ctx, __u32 fate)
 {
         struct sock_common *sk = ctx->sk_common;
         struct capture_seen seen = {.kind = KIND_OTHER};
@@ -104,7 +106,11 @@ static __always_inline int look(struct bpf_iter__tcp *ctx, bool note)
         seen.local_port = sk->skc_num;
         seen.remote_port = bpf_ntohs(sk->skc_dport);
         if (seen.state == TCP_NEW_SYN_RECV) {
+                struct tcp_request_sock *request = bpf_skc_to_tcp_request_sock(sk);
+                if (!request)
+                        return 0;
                 seen.kind = KIND_REQUEST;
+                seen.synack_us = request->snt_synack;
         } else {
                 struct tcp_sock *tcp = bpf_skc_to_tcp_sock(sk);
                 if (!tcp)
@@ -112,8 +118,8 @@ static __always_inline int look(struct bpf_iter__tcp *ctx, bool note)
                 __u32 *engine = bpf_sk_storage_get(&engine_sk, tcp, 0, 0);
                 if (!engine) {
                         struct capture_fated *fated = bpf_sk_storage_get(&fates, tcp, 0, 0);
-                        if (!fated && note) {
-                                struct capture_fated noted = {.fate = FATE_NOTED};
+                        if (!fated && fate) {
+                                struct capture_fated noted = {.fate = fate};
                                 if (seen.state == TCP_SYN_SENT)
                                         noted.isn = tcp->snd_una;
                                 fated = bpf_sk_storage_get(&fates, tcp, &noted, BPF_SK_STORAGE_GET_F_CREATE);
@@ -129,11 +135,17 @@ static __always_inline int look(struct bpf_iter__tcp *ctx, bool note)
 SEC("iter/tcp")
 int note(struct bpf_iter__tcp *ctx)
 {
-        return look(ctx, true);
+        return look(ctx, FATE_NOTED);
+}
+
+SEC("iter/tcp")
+int claim(struct bpf_iter__tcp *ctx)
+{
+        return look(ctx, FATE_CAPTURED);
 }
 
 SEC("iter/tcp")
 int survey(struct bpf_iter__tcp *ctx)
 {
-        return look(ctx, false);
+        return look(ctx, 0);
 }

@@ -7,9 +7,12 @@ owns further addresses, so that "somewhere else" answers. Names carry the pid, s
 import ctypes
 import itertools
 import os
+import select
 import socket
+import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,3 +176,50 @@ def connect(path: str, address: str, port: int, *, source_port: int = 0, timeout
         return made
 
     return inside(path, make)
+
+
+class Sniffer:
+    """Every frame that an interface sends or receives while the block runs, with its link header; VLAN tags that the
+    kernel keeps beside the frame are put back. One that lost frames fails the test: it would prove nothing.
+    """
+
+    def __init__(self, path: str, device: str = "eth0") -> None:
+        self._path, self._device = path, device
+        self._frames: list[bytes] = []
+
+    def __enter__(self) -> "Sniffer":
+        def make() -> socket.socket:
+            made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+            made.setsockopt(263, 8, 1)  # SOL_PACKET, PACKET_AUXDATA
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 20)
+            made.bind((self._device, 3))
+            made.setblocking(False)
+            return made
+
+        self._socket = inside(self._path, make)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.frames()
+        _, lost = struct.unpack("II", self._socket.getsockopt(263, 6, 8))  # PACKET_STATISTICS
+        self._socket.close()
+        assert lost == 0, f"the sniffer lost {lost} frames"
+
+    def frames(self) -> list[bytes]:
+        """What has crossed until now."""
+        while select.select([self._socket], [], [], 0)[0]:
+            frame, extra, _, _ = self._socket.recvmsg(1 << 17, 256)
+            for _, kind, data in extra:
+                status, _, _, _, _, tci, protocol = struct.unpack("=IIIHHHH", data[:20])
+                if kind == 8 and status & 0x10:  # TP_STATUS_VLAN_VALID
+                    frame = frame[:12] + struct.pack("!HH", protocol, tci) + frame[12:]
+            self._frames.append(frame)
+        return self._frames
+
+    def wait_for(self, mark: bytes, seconds: float = 20) -> list[bytes]:
+        """All frames up to one that carries `mark`: what was sent before it has crossed."""
+        deadline = time.monotonic() + seconds
+        while not any(mark in frame for frame in self.frames()):
+            assert time.monotonic() < deadline, f"{mark!r} has not crossed"
+            time.sleep(0.01)
+        return self._frames
