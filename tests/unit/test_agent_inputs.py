@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from sidestep.node import ca, command, statefile
+from sidestep.node import ca, command, dump, statefile
 from sidestep.node.admin import only_local
 from sidestep.node.agent import CertificateError
 from sidestep.node.httpd import Request, Response
@@ -206,3 +206,15 @@ def test_only_this_machine_is_asked_for(host: str, status: HTTPStatus) -> None:
         return await only_local(page)(Request("GET", "/", headers))
 
     assert asyncio.run(ask()).status == status
+
+
+def test_dumps_are_shown_in_ztunnels_words() -> None:
+    record = {"uid": "K//Pod/a/b", "name": "b", "namespace": "a", "addresses": ["10.0.0.1"], "protocol": "PLAIN"}
+    shown = dump.workload(record | {"service_account": "till", "healthy": False, "zone": "z", "node": ""})
+    assert shown["workloadIps"] == ["10.0.0.1"] and shown["protocol"] == "TCP" and shown["status"] == "Unhealthy"
+    assert shown["serviceAccount"] == "till" and shown["locality"] == {"zone": "z"} and "node" not in shown
+    service = {"name": "s", "namespace": "a", "hostname": "s.a", "addresses": ["10.9.0.1"], "endpoints": ["u"]}
+    assert dump.shaped("services", [service])[0]["vips"] == ["/10.9.0.1"]
+    assert dump.shaped("services", [service])[0]["endpoints"] == {"u": {"workloadUid": "u"}}
+    assert [each["uid"] for each in dump.shaped("workloads", [record, record | {"uid": "A"}])] == ["A", "K//Pod/a/b"]
+    assert dump.shaped("tunnels", [{"x": 1}]) == [{"x": 1}]

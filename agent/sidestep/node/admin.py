@@ -17,6 +17,7 @@ from typing import Any
 from sidestep import __version__
 from sidestep.node import metrics
 from sidestep.node.agent import Agent
+from sidestep.node.dump import shaped
 from sidestep.node.engine import EngineError
 from sidestep.node.httpd import Handler, Request, Response, refuse
 from sidestep.node.identities import Identity
@@ -55,7 +56,7 @@ class Pages:
             return _json(await self._pages[request.path]())
         if name in DUMPS:
             try:
-                return _json(await self._agent.engine.dump(name))
+                return _json(shaped(name, await self._agent.engine.dump(name)))
             except EngineError as err:
                 return Response(_text({"error": str(err)}), "application/json", HTTPStatus.SERVICE_UNAVAILABLE)
         return refuse(HTTPStatus.NOT_FOUND)
@@ -175,7 +176,7 @@ class Pages:
         if agent.engine.up:
             for what in dump:
                 try:
-                    dump[what] = await agent.engine.dump(what)
+                    dump[what] = shaped(what, await agent.engine.dump(what))
                 except EngineError as err:
                     dump["error"] = str(err)
         return {

@@ -7,6 +7,7 @@ control plane that cannot be reached is no reason to stop: it is waited for, and
 
 import argparse
 import asyncio
+import ctypes
 import ipaddress
 import os
 import socket
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sidestep.node.pods import EXCLUDED_NAMESPACES
+
+_M_ARENA_MAX = -8  # mallopt(3): each thread's own arena would keep what it once used
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     except StartError as err:
         print(f"sidestep agent: {err}", file=sys.stderr)
         return 1
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
     from sidestep.kube.client import ConfigError
     from sidestep.node.capture import CaptureError
     from sidestep.node.statefile import StateError
