@@ -418,6 +418,9 @@ def test_a_watch_from_before_the_history_is_refused() -> None:
     with pytest.raises(ApiError) as refusal:
         store.watch(POD, first)
     assert refusal.value.code == 410
+    with pytest.raises(ApiError) as refusal:  # a client of a process before this one
+        store.watch(POD, store.revision + 1)
+    assert refusal.value.code == 410
     watcher = store.watch(POD, store.revision - 10)
     seen = []
     while (event := watcher.pop()) is not None:

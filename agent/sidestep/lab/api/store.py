@@ -20,8 +20,8 @@ from sidestep.lab.api.resources import Kind
 
 Object = dict[str, Any]
 
-HISTORY = 8192  # events, over all kinds
-BACKLOG = 2048  # events that one watcher may be behind
+HISTORY = 2048  # events, over all kinds
+BACKLOG = 1024  # events that one watcher may be behind
 
 
 class Stored:
@@ -161,7 +161,7 @@ class Store:
     def watch(self, kind: Kind, since: int) -> Watcher:
         """A watcher that gets every event of a kind after the revision `since`; 410 when they are no longer all known.
         The caller gives it back with `unwatch`."""
-        if since < self._forgotten:
+        if since < self._forgotten or since > self.revision:  # from the future: of a process before this one
             raise errors.gone(since, self._forgotten)
         watcher = Watcher(kind, self._backlog)
         missed = [event for event in self._history if event.revision > since and event.kind is kind]

@@ -18,6 +18,7 @@ from sidestep.lab.api.resources import DEPLOYMENT, POD, REPLICA_SET
 from sidestep.lab.api.store import Object, Stored
 
 HASH = "pod-template-hash"
+FAILURE = "ReplicaFailure"
 REVISION = "deployment.kubernetes.io/revision"
 _BURST = 50  # pods made or deleted in one look
 
@@ -172,7 +173,7 @@ def _deployment(registry: Registry, deployment: Stored, owned: Mapping[str, list
     idle = [item for item in old if sizes[item.name] == Size(0, 0, 0) and not pods[item.name]]
     for item in idle[: max(0, len(idle) - spec["revisionHistoryLimit"])]:
         registry.delete(REPLICA_SET, item.namespace, item.name)
-    _report(registry, deployment, sizes[name], before)
+    _report(registry, deployment, sizes[name], before, new.obj.get("status", {}).get("conditions", []))
 
 
 def _make_set(registry: Registry, deployment: Stored, name: str, letters: str, revision: int) -> Stored:
@@ -211,8 +212,8 @@ def _resize(registry: Registry, replica_set: Stored, replicas: int) -> None:
         registry.modify(replica_set, change)
 
 
-def _report(registry: Registry, deployment: Stored, new: Size, old: list[Size]) -> None:
-    """The deployment's status."""
+def _report(registry: Registry, deployment: Stored, new: Size, old: list[Size], failures: list[Object]) -> None:
+    """The deployment's status; `failures` are the conditions of its new set."""
     spec, replicas = deployment.obj["spec"], deployment.obj["spec"]["replicas"]
     ready = new.ready + sum(size.ready for size in old)
     rolling = spec["strategy"].get("rollingUpdate", {})
@@ -248,7 +249,7 @@ def _report(registry: Registry, deployment: Stored, new: Size, old: list[Size]) 
                 "lastUpdateTime": updated,
             }
         )
-    status["conditions"] = conditions
+    status["conditions"] = conditions + [item for item in failures if item["type"] == FAILURE]
     _set_status(registry, deployment, status)
 
 
@@ -266,29 +267,35 @@ def _replica_set(registry: Registry, replica_set: Stored, pods: list[Stored]) ->
     spec = replica_set.obj["spec"]
     active = [pod for pod in pods if is_active(pod.obj)]
     missing = spec["replicas"] - len(active)
-    for _ in range(min(missing, _BURST)):
-        body = {
-            "metadata": {
-                **spec["template"]["metadata"],
-                "generateName": f"{replica_set.name}-",
-                "ownerReferences": owner_of(replica_set),
-            },
-            "spec": spec["template"]["spec"],
-        }
-        registry.create(POD, replica_set.namespace, body)
+    refused: ApiError | None = None
+    try:
+        for _ in range(min(missing, _BURST)):
+            registry.create(POD, replica_set.namespace, _pod_of(replica_set))
+    except ApiError as error:
+        refused = error
     if missing < 0:
         order = sorted(active, key=lambda pod: ("nodeName" in pod.obj["spec"], is_ready(pod.obj), -pod.revision))
         for pod in order[: min(-missing, _BURST)]:
             registry.delete(POD, pod.namespace, pod.name)
     size = _size(replica_set, pods)
-    _set_status(
-        registry,
-        replica_set,
-        {
-            "observedGeneration": replica_set.obj["metadata"]["generation"],
-            "replicas": size.active,
-            "fullyLabeledReplicas": size.active,
-            "readyReplicas": size.ready,
-            "availableReplicas": size.ready,
-        },
-    )
+    status: Object = {
+        "observedGeneration": replica_set.obj["metadata"]["generation"],
+        "replicas": size.active,
+        "fullyLabeledReplicas": size.active,
+        "readyReplicas": size.ready,
+        "availableReplicas": size.ready,
+    }
+    if refused is not None:
+        status["conditions"] = [
+            {"type": FAILURE, "status": "True", "reason": "FailedCreate", "message": refused.message}
+        ]
+    _set_status(registry, replica_set, status)
+    if refused is not None:
+        raise refused
+
+
+def _pod_of(replica_set: Stored) -> Object:
+    """A pod as the set's template has it."""
+    template = replica_set.obj["spec"]["template"]
+    metadata = {"generateName": f"{replica_set.name}-", "ownerReferences": owner_of(replica_set)}
+    return {"metadata": {**template["metadata"], **metadata}, "spec": template["spec"]}
