@@ -406,12 +406,12 @@ def test_without_an_agent_no_pod_starts_and_with_it_the_same_pod_does(mesh: Lab)
     try:
         os.kill(agent, signal.SIGKILL)
         mesh.apply(pod("waits", "node1", {}, namespace="world"))
-        refused = eventually(
-            "a CNI error",
-            lambda: (
-                (text := mesh.pod("world/waits").get("status", {}).get("message") or "").startswith("sandbox") and text
-            ),
-        )
+
+        def message() -> str:
+            text = str(mesh.pod("world/waits").get("status", {}).get("message") or "")
+            return text if text.startswith("sandbox") else ""
+
+        refused = eventually("a CNI error", message)
         assert "sidestep-cni ADD: the sidestep agent of this node does not answer" in refused
         assert not mesh.pod("world/waits")["status"].get("podIPs")
     finally:
@@ -422,17 +422,28 @@ def test_without_an_agent_no_pod_starts_and_with_it_the_same_pod_does(mesh: Lab)
         mesh.delete_pod("world/waits")
 
 
-@pytest.mark.parametrize("after", [0.15, 0.4, 0.8, 1.3])
-def test_up_that_is_killed_half_way_can_be_taken_down(tmp_path: Path, after: float) -> None:
+@pytest.mark.parametrize(
+    ("after", "number"),
+    [
+        (0.15, signal.SIGKILL),
+        (0.4, signal.SIGKILL),
+        (0.8, signal.SIGKILL),
+        (1.3, signal.SIGKILL),
+        (0.5, signal.SIGTERM),
+    ],
+)
+def test_up_that_ends_half_way_leaves_nothing(tmp_path: Path, after: float, number: signal.Signals) -> None:
+    """SIGKILL leaves it to `down`; after SIGTERM (and Ctrl-C) `up` has taken everything back itself."""
     manifest = tmp_path / "small.yaml"
     manifest.write_text(SMALL)
     name = f"k{os.getpid() % 10000}"
     up = subprocess.Popen([SIDESTEP, "lab", "up", "--name", name, "--nodes", "1", "--plain", "-f", str(manifest)],
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     time.sleep(after)  # a place in the middle, any will do
-    up.kill()
-    up.wait()
-    subprocess.run([SIDESTEP, "lab", "down", "--name", name], check=True, timeout=60)
+    up.send_signal(number)
+    up.wait(60)
+    if number == signal.SIGKILL:
+        subprocess.run([SIDESTEP, "lab", "down", "--name", name], check=True, timeout=60)
     assert everything_of(name) == []
     assert list(leftovers(name)) == []
 

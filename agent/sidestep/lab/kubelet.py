@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -491,8 +492,19 @@ class Kubelet:
                 "spec": {"podCIDR": str(node.pods4), "podCIDRs": [str(node.pods4), str(node.pods6)]},
             },
         )
+        await self._report_node("the rules for Services are not loaded yet")
+
+    async def _report_node(self, why_not: str) -> None:
+        """The node's status. `why_not`: what its network still lacks; "" when pods can be placed here."""
+        node = self.node
         addresses = [("InternalIP", str(node.ip4)), ("InternalIP", str(node.ip6)), ("Hostname", node.name)]
-        ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastTransitionTime": now()}
+        ready = {
+            "type": "Ready",
+            "status": "False" if why_not else "True",
+            "reason": "NetworkNotReady" if why_not else "KubeletReady",
+            "message": why_not or "the lab's kubelet part runs",
+            "lastTransitionTime": now(),
+        }
         status = {
             "addresses": [{"type": kind, "address": text} for kind, text in addresses],
             "conditions": [ready],
@@ -545,7 +557,7 @@ class Kubelet:
     async def _rules(self) -> None:
         await self._services.synced.wait()
         await self._slices.synced.wait()
-        loaded = ""
+        loaded = problem = ""
         while True:
             await asyncio.sleep(QUIET_S)
             self._services_changed.clear()
@@ -555,12 +567,15 @@ class Kubelet:
                     "nft", "-f", "-", stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
                 )
                 _, error = await process.communicate(wanted.encode())
-                if process.returncode == 0:
-                    loaded = wanted
-                else:
-                    say(f"services: nft: {error.decode(errors='replace').strip()}")
+                said = error.decode(errors="replace").strip() if process.returncode else ""
+                if said or problem or not loaded:
+                    problem = f"nft: {said.splitlines()[0]}" if said else ""
+                    await self._until_done("node", partial(self._report_node, problem))
+                if said:
+                    say(f"services: nft: {said}")
                     await asyncio.sleep(1)
                     continue
+                loaded = wanted
             await self._services_changed.wait()
 
     # -- the agent ---------------------------------------------------------------------------------------------------

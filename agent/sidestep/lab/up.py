@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ from sidestep.lab.manifests import Manifest
 from sidestep.lab.sandbox import BIN, CNI_BASE, conflist
 from sidestep.lab.services import SERVICE_LABEL
 
-API_S = 30.0
-NODES_S = 30.0
+START_S = 30.0  # of API, and of nodes
+AGENTS_S = 60.0  # they need the engine, the control plane and a certificate first
 STATE_BYTES = "size=2g,mode=700"
 TOOLS = ("ip", "nft", "dnsmasq", "nsenter", "unshare", "sysctl", "umount", "mount")
 PLUGINS = ("ptp", "host-local")
@@ -120,6 +121,7 @@ def up(
     check_machine(plain)
     _check_nodes(manifests, nodes)
     progress = Progress()
+    signal.signal(signal.SIGTERM, _interrupted)
     with _creation(name, nodes, plain) as cluster:
         try:
             progress.step(f"lab {name}: {nodes} nodes, {cluster.range4}" + (", without the mesh" if plain else ""))
@@ -137,6 +139,10 @@ def up(
     status = asyncio.run(_ready(cluster, progress, timeout_s))
     _say_next(cluster)
     return status
+
+
+def _interrupted(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt  # what was made so far is taken away, as after Ctrl-C
 
 
 def _check_nodes(manifests: Sequence[Manifest], nodes: int) -> None:
@@ -290,15 +296,18 @@ def _base(cluster: Cluster) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 async def _fill(cluster: Cluster, manifests: Sequence[Manifest], progress: Progress) -> None:
-    """Waits for the API and the nodes, then applies. Raises LabError or KubeError."""
+    """Waits for the API, the nodes and the agents, then applies. Raises LabError or KubeError."""
     progress.step("starting the API")
     await _wait_for_file(cluster)
     async with KubeClient.from_config(cluster.kubeconfig) as client:
-        await _until("the API", API_S, lambda: client.get("/version"), cluster)
+        await _until("the API", START_S, lambda: _api_answers(client), progress)
         for path, body in _base(cluster):
             await _create(client, path, body)
         progress.step("waiting for the nodes")
-        await _until("the nodes", NODES_S, lambda: _nodes_ready(client, cluster), cluster)
+        await _until("the nodes", START_S, lambda: _nodes_wait_for(client, cluster), progress)
+        if not cluster.plain:
+            progress.step("waiting for the agents")
+            await _until("the agents", AGENTS_S, lambda: _agents_wait_for(client, cluster), progress)
         progress.step(f"applying {len(manifests)} objects")
         for manifest in manifests:
             try:
@@ -308,35 +317,50 @@ async def _fill(cluster: Cluster, manifests: Sequence[Manifest], progress: Progr
 
 
 async def _wait_for_file(cluster: Cluster) -> None:
-    deadline = time.monotonic() + API_S
+    deadline = time.monotonic() + START_S
     while not cluster.kubeconfig.exists():
         if time.monotonic() > deadline:
-            raise LabError(f"the API did not start within {API_S:.0f} s")
+            raise LabError(f"the API did not start within {START_S:.0f} s")
         await asyncio.sleep(0.05)
 
 
-async def _until(what: str, seconds: float, question: Any, cluster: Cluster) -> None:
+async def _until(what: str, seconds: float, question: Callable[[], Awaitable[str]], progress: Progress) -> None:
+    """Asks until the answer is "": nothing more to wait for. Raises LabError with the last answer."""
     deadline = time.monotonic() + seconds
-    why = ""
     while True:
         try:
-            if await question():
-                return
+            why = await question()
         except KubeError as error:
-            why = f": {error}"
+            why = str(error)
+        if not why:
+            return
+        progress.wait(why)
         if time.monotonic() > deadline:
-            raise LabError(f"{what}: not ready within {seconds:.0f} s{why}")
+            raise LabError(f"{what}: not ready within {seconds:.0f} s: {why}")
         await asyncio.sleep(0.1)
 
 
-async def _nodes_ready(client: KubeClient, cluster: Cluster) -> bool:
-    ready = {
-        item["metadata"]["name"]
-        for item in (await client.list("/api/v1/nodes"))["items"]
-        for condition in (item.get("status") or {}).get("conditions") or ()
-        if condition["type"] == "Ready" and condition["status"] == "True"
-    }
-    return ready >= {node.name for node in cluster.nodes}
+async def _api_answers(client: KubeClient) -> str:
+    await client.get("/version")
+    return ""
+
+
+async def _nodes_wait_for(client: KubeClient, cluster: Cluster) -> str:
+    waiting = {node.name: "has not come yet" for node in cluster.nodes}
+    for item in (await client.list("/api/v1/nodes"))["items"]:
+        waiting[item["metadata"]["name"]] = "says nothing yet"
+        for condition in (item.get("status") or {}).get("conditions") or ():
+            if condition["type"] == "Ready":
+                ready = condition["status"] == "True"
+                waiting[item["metadata"]["name"]] = "" if ready else str(condition.get("message"))
+    return next((f"{name}: {why}" for name, why in waiting.items() if why), "")
+
+
+async def _agents_wait_for(client: KubeClient, cluster: Cluster) -> str:
+    waiting = {node.agent_pod: "starts" for node in cluster.nodes}
+    for pod in (await client.list(f"/api/v1/namespaces/{SYSTEM_NAMESPACE}/pods"))["items"]:
+        waiting[pod["metadata"]["name"]] = not_ready(pod)
+    return next((f"{name}: {why}" for name, why in waiting.items() if why), "")
 
 
 async def _create(client: KubeClient, path: str, body: Object) -> None:
@@ -351,7 +375,8 @@ async def _create(client: KubeClient, path: str, body: Object) -> None:
 
 def _last_words(cluster: Cluster) -> str:
     """The last line of a process that did not stay."""
-    for process in ("api", *(f"{node.name}-kubelet" for node in cluster.nodes)):
+    local = [f"{node.name}-{part}" for node in cluster.nodes for part in ("engine", "agent", "kubelet")]
+    for process in ("api", "control", *local):
         log = cluster.logs / f"{process}.log"
         with contextlib.suppress(OSError, IndexError):
             lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("keeper:")]
