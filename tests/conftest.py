@@ -9,6 +9,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Turns a green run with skipped tests red where CI=true."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter is not None else []
-    if skipped and os.environ.get("CI") == "true" and session.exitstatus == 0:
+    if reporter is not None and skipped and os.environ.get("CI") == "true" and session.exitstatus == 0:
         reporter.write_line(f"CI: {len(skipped)} test(s) skipped; a skipped test is a failed test", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,4 +1,4 @@
-"""cffi recipe of sidestep._tunnel: tunnel.h between its markers is the declaration, every C file but the supervisor's is linked."""
+"""cffi recipe of sidestep._tunnel: the declaration is tunnel.h, every C file but the supervisor's is linked."""
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
 """Processes die by SIGKILL under load: what must go on goes on, what must end ends with a reset, nothing leaks."""
 
+import functools
 import json
 import os
 import secrets
@@ -127,6 +128,11 @@ def test_a_pod_of_a_new_service_account_after_the_control_plane_was_killed(mesh:
         mesh.delete_pod("world/late")
 
 
+def answers(lab: Lab, program: str) -> bool:
+    """Does the program in pod `client` get its answer?"""
+    return "b'x'" in lab.exec("world/client", "/usr/bin/python3", "-c", program, check=False)
+
+
 @pytest.mark.parametrize("node", ["node1", "node2"])
 def test_killing_the_engine_five_times(mesh: Lab, node: str) -> None:
     """Streams in the middle end with a reset; no clear text; pods work again, untouched."""
@@ -150,10 +156,7 @@ def test_killing_the_engine_five_times(mesh: Lab, node: str) -> None:
             check = (
                 f"import socket; s = socket.create_connection(({target!r}, 7000), 5); s.sendall(b'x'); print(s.recv(1))"
             )
-            eventually(
-                "the pods work again",
-                lambda check=check: "b'x'" in mesh.exec("world/client", "/usr/bin/python3", "-c", check, check=False),
-            )
+            eventually("the pods work again", functools.partial(answers, mesh, check))
         pods = {target, mesh.address("world/client")}
         flows = [flow for flow in tap.flows() if {flow.source.address, flow.destination.address} <= pods]
     assert flows

@@ -1,7 +1,7 @@
-"""Two nodes without a cluster: pods' namespaces behind one router, an engine process per node, capture in the pods, a fixed snapshot.
+"""Two nodes without a cluster: pods behind one router, an engine process per node, capture, a fixed snapshot.
 
-    with Nodes(tmp_path, ["client", "server"]) as nodes:   # "client" on node 0, "server" on node 1, and so on alternating
-        nodes.publish()
+    with Nodes(tmp_path, ["client", "server"]) as nodes:   # "client" on node 0, "server" on node 1, and so on
+    alternating nodes.publish()
 
 The router's namespace has one interface per pod, so that each pod's link is a wire of its own that can be tapped.
 """

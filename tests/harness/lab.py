@@ -1,6 +1,7 @@
 """A lab as the tests use it: brought up once, asked by the commands that people use, taken down whatever happens."""
 
 import asyncio
+import functools
 import json
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sidestep.kube.client import KubeClient
-
 from sidestep.lab.link import Tap
 
 SIDESTEP = str(Path(sys.executable).with_name("sidestep"))
@@ -41,6 +41,10 @@ def eventually(what: str, question: Callable[[], T], seconds: float = 60) -> T:
             return answer
         assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s; last answer {answer!r}"
         time.sleep(0.1)
+
+
+async def _create(path: str, item: dict[str, Any], client: KubeClient) -> Any:
+    return await client.create(path, item)
 
 
 class Lab:
@@ -126,7 +130,7 @@ class Lab:
                 path = "/api/v1/namespaces"
             else:
                 path = f"/api/v1/namespaces/{item['metadata']['namespace']}/{paths[item['kind']]}"
-            self.ask(lambda client, path=path, item=item: client.create(path, item))
+            self.ask(functools.partial(_create, path, item))
 
     def delete_pod(self, pod: str) -> None:
         """Deletes a pod and waits until it is gone."""

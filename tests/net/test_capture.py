@@ -4,6 +4,7 @@ The engine's place is taken by marked listeners (tests/harness/stand_in.py); the
 a further address. What leaves the pod is watched on the outside's end of the link.
 """
 
+import functools
 import secrets
 import socket
 import struct
@@ -352,7 +353,7 @@ def test_half_open_connections_finish_as_without_the_mesh(capture: Capture, link
     for made in (going, coming):
         made.setblocking(True)
         made.settimeout(20)
-        eventually("established", lambda made=made: established(made))
+        eventually("established", functools.partial(established, made))
     far_end, _ = far.accept()
     application_end, _ = application.accept()
     closing(far_end, application_end)

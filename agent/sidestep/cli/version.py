@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints name and version of every part that decides about behaviour."""
     found: dict[str, Any] = {"sidestep": __version__, "python": platform.python_version(), "kernel": platform.release()}
     try:
-        from sidestep import _tunnel
+        import sidestep._tunnel as _tunnel
 
         found["engine_openssl"] = _tunnel.ffi.string(_tunnel.lib.tunnel_openssl_version()).decode()
     except ImportError as error:

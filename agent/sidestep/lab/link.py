@@ -9,9 +9,11 @@ those whose SYN was seen, so that connections from before the tap are told apart
 """
 
 import os
+import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -53,6 +55,7 @@ class Flow:
     reset: bool = False
     payload_bytes: int = 0  # without retransmissions of what was kept
     packets: int = 0
+    since: float = 0.0  # monotonic time of its first packet
     _first: int | None = None
     _parts: dict[int, bytes] = field(default_factory=dict)
 
@@ -69,6 +72,10 @@ class Flow:
             self.payload_bytes += len(payload) - len(self._parts.get(offset, b""))
             if offset < KEEP:
                 self._parts[offset] = payload
+
+    def ports(self) -> tuple[int, int]:
+        """Of source and destination."""
+        return self.source.port, self.destination.port
 
     def payload(self) -> bytes:
         """The bytes in order, up to the first gap or `KEEP`."""
@@ -106,6 +113,7 @@ class Tap:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._ready = threading.Event()
+        self._caught_up = threading.Event()
         self._error: Exception | None = None
         self._dropped = 0
         self._thread = threading.Thread(target=self._listen, name="tap", daemon=True)
@@ -122,6 +130,8 @@ class Tap:
 
     def flows(self, *, opened_only: bool = False) -> list[Flow]:
         """The flows seen so far. With `opened_only` those of connections whose opening was seen."""
+        self._caught_up.clear()
+        self._caught_up.wait(10)  # what is on its way from the kernel belongs to the answer
         if self._dropped:
             raise LinkError(
                 f"{self._dropped} packets were lost on the way to the tap on {self._interface}: measure again"
@@ -143,21 +153,22 @@ class Tap:
             try:
                 tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 64 << 20)
                 tap.bind((self._interface, _ETH_P_ALL))
-                tap.settimeout(0.1)
+                tap.setblocking(False)
             except OSError as error:
                 self._error = error
                 self._ready.set()
                 return
             self._ready.set()
-            idle = False
-            while not (self._stop.is_set() and idle):
+            while True:
                 try:
                     frame, _ = tap.recvfrom(1 << 17)
-                    idle = False
-                except TimeoutError:
-                    idle = True
+                except BlockingIOError:
                     statistics = tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8)
                     self._dropped += int(struct.unpack("II", statistics)[1])
+                    self._caught_up.set()
+                    if self._stop.is_set():
+                        return
+                    select.select([tap], [], [], 0.1)
                     continue
                 segment = parse(frame)
                 if segment is not None:
@@ -168,7 +179,7 @@ class Tap:
         generations = self._flows.setdefault((segment.source, segment.destination), [])
         opening = bool(segment.flags & 0x02)
         if not generations or (opening and (generations[-1].packets > 1 or generations[-1].reset)):
-            generations.append(Flow(segment.source, segment.destination))
+            generations.append(Flow(segment.source, segment.destination, since=time.monotonic()))
         flow = generations[-1]
         flow.packets += 1
         flow.syn |= opening and not segment.flags & 0x10
