@@ -34,12 +34,14 @@
 #include <linux/membarrier.h>
 #include <linux/rtnetlink.h>
 #include <net/if.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -285,19 +287,15 @@ static uint32_t program_id(int fd)
         return bpf_obj_get_info_by_fd(fd, &info, &length) == 0 ? info.id : 0;
 }
 
-static int filter_attach(const struct filter *f, const char *pins, int ifindex)
+static int filter_attach(const struct filter *f, int program, int ifindex)
 {
-        int fd = open_pin(pins, f->program);
-        if (fd < 0)
-                return fd;
         LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex, .attach_point = f->point);
         int result = bpf_tc_hook_create(&hook);
         if (result == 0 || result == -EEXIST) {
-                LIBBPF_OPTS(bpf_tc_opts, opts, .handle = CAPTURE_HANDLE, .priority = CAPTURE_PREF, .prog_fd = fd,
+                LIBBPF_OPTS(bpf_tc_opts, opts, .handle = CAPTURE_HANDLE, .priority = CAPTURE_PREF, .prog_fd = program,
                             .flags = BPF_TC_F_REPLACE);
                 result = bpf_tc_attach(&hook, &opts);
         }
-        close(fd);
         return result;
 }
 
@@ -388,7 +386,10 @@ static int attach_filters(const char *pins, const char *interface, char *error)
                 int on = filters[i].on_lo ? 1 : ifindex;
                 if (filter_is_there(&filters[i], pins, on))
                         continue;
-                int result = filter_attach(&filters[i], pins, on);
+                int program = open_pin(pins, filters[i].program);
+                int result = program < 0 ? program : filter_attach(&filters[i], program, on);
+                if (program >= 0)
+                        close(program);
                 if (result < 0)
                         return fail(error, result, "tc filter %s", filters[i].program);
         }
@@ -698,10 +699,10 @@ static int by_ends(const void *a, const void *b)
         return memcmp(a, b, offsetof(struct capture_seen, kind));
 }
 
-/* How many of them are old and go outside: a connection whose other end is here too never leaves the pod. Sorts. */
-static int count_old(struct survey *s)
+/* How many of a kind there are whose other end is in this namespace too, or is not. Sorts. */
+static int count_kind(struct survey *s, int kind, bool inside)
 {
-        int old = 0;
+        int n = 0;
         if (s->n)
                 qsort(s->seen, s->n, sizeof(*s->seen), by_ends);
         for (size_t i = 0; i < s->n; i++) {
@@ -709,9 +710,9 @@ static int count_old(struct survey *s)
                 struct capture_seen other = {.local_port = one->remote_port, .remote_port = one->local_port};
                 memcpy(other.local, one->remote, 16);
                 memcpy(other.remote, one->local, 16);
-                old += one->kind == KIND_OLD && !bsearch(&other, s->seen, s->n, sizeof(other), by_ends);
+                n += one->kind == kind && inside == (bsearch(&other, s->seen, s->n, sizeof(other), by_ends) != NULL);
         }
-        return old;
+        return n;
 }
 
 static int change_mode(const char *pins, int netns, const char *interface, int mode, char *error)
@@ -829,7 +830,7 @@ int capture_listeners(const char *pins, char *error)
         return found;
 }
 
-int capture_old(const char *pins, int netns, char *error)
+static int count_in(const char *pins, int netns, int kind, bool inside, char *error)
 {
         struct survey s = {0};
         int back, result;
@@ -839,9 +840,19 @@ int capture_old(const char *pins, int netns, char *error)
         result = run_survey(pins, "survey", &s);
         leave(back);
         if (result == 0)
-                result = count_old(&s);
+                result = count_kind(&s, kind, inside);
         free(s.seen);
         return result < 0 ? fail(error, result, "look at the sockets of the namespace") : result;
+}
+
+int capture_old(const char *pins, int netns, char *error)
+{
+        return count_in(pins, netns, KIND_OLD, false, error);
+}
+
+int capture_held(const char *pins, int netns, char *error)
+{
+        return count_in(pins, netns, KIND_ENGINE, true, error);
 }
 
 static const char *const counter_names[] = {
@@ -944,6 +955,64 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
         return 0;
 }
 
+struct trial {
+        struct capture_bpf *capture;
+        char *error;
+        int result;
+};
+
+/* In a thread of its own, which takes its namespace and all that is in it along. */
+static void *try_attach(void *arg)
+{
+        struct trial *t = arg;
+        struct bpf_object *object = t->capture->obj;
+        if (unshare(CLONE_NEWNET) < 0) {
+                t->result = fail(t->error, -errno, "make a network namespace");
+                return NULL;
+        }
+        struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
+        int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &lo) < 0)
+                t->result = fail(t->error, -errno, "lo in a new network namespace");
+        if (fd >= 0)
+                close(fd);
+        if (t->result == 0)
+                t->result = plumb(t->error);
+        for (size_t i = 0; i < sizeof(filters) / sizeof(*filters) && t->result == 0; i++) {
+                int program = bpf_program__fd(bpf_object__find_program_by_name(object, filters[i].program));
+                int result = filter_attach(&filters[i], program, 1);
+                if (result < 0)
+                        t->result = fail(t->error, result, "tc filter (CONFIG_NET_CLS_BPF, CONFIG_NET_SCH_INGRESS)");
+        }
+        int netns = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+        int program = bpf_program__fd(bpf_object__find_program_by_name(object, "steer"));
+        int link = t->result == 0 ? bpf_link_create(program, netns, BPF_SK_LOOKUP, NULL) : -1;
+        if (t->result == 0 && link < 0)
+                t->result = fail(t->error, -errno, "attach sk_lookup");
+        if (link >= 0)
+                close(link);
+        if (netns >= 0)
+                close(netns);
+        return NULL;
+}
+
+static int probe_attach(char *error)
+{
+        pthread_t thread;
+        struct trial t = {.capture = capture_bpf__open(), .error = error};
+        int result = t.capture ? capture_bpf__load(t.capture) : -errno;
+        if (result < 0) {
+                fail(error, result, "load the capture programs");
+        } else if ((result = -pthread_create(&thread, NULL, try_attach, &t)) < 0) {
+                fail(error, result, "start a thread");
+        } else {
+                pthread_join(thread, NULL);
+                result = t.result;
+        }
+        capture_bpf__destroy(t.capture);
+        return result;
+}
+
 int capture_probe(int i, const char **name, char *error)
 {
         static const struct {
@@ -953,12 +1022,15 @@ int capture_probe(int i, const char **name, char *error)
                 {"in_lo", "tc ingress"},
                 {"out_lo", "tc egress on lo"},
                 {"steer", "sk_lookup"},
-                {"note", "tcp iterator"},
+                {"note", "tcp iterator and BTF of the kernel"},
+                {NULL, "attach in a network namespace: tc, sk_lookup, policy routing"},
         };
         libbpf_set_print(silent);
         if (i < 0 || i >= (int)(sizeof(probes) / sizeof(*probes)))
                 return -ERANGE;
         *name = probes[i].what;
+        if (!probes[i].program)
+                return probe_attach(error);
         struct capture_bpf *capture = capture_bpf__open();
         struct survey_bpf *survey = survey_bpf__open();
         int result = -ENOMEM;

@@ -46,13 +46,17 @@ int capture_verify(const char *pins, int netns, const char *interface, char *err
 int capture_listeners(const char *pins, char *error);
 /* Number of open connections from before the enrolment. */
 int capture_old(const char *pins, int netns, char *error);
+/* Number of connections between the engine and the application whose both ends are still there, those included that the
+ * engine's process has closed and the kernel is still delivering. Taking the programs out would cut them. */
+int capture_held(const char *pins, int netns, char *error);
 /* out[i]: enum capture_counter; returns how many of n were written. */
 int capture_counters(const char *pins, uint64_t *out, int n, char *error);
 const char *capture_counter_name(int counter);
 /* Takes everything out but the clsact qdiscs (deleting them loses packets) and removes the pins. netns -1: it is gone.
  */
 int capture_detach(const char *pins, int netns, const char *interface, char *error);
-/* Loads program number i alone and throws it away. -ERANGE: there is no program i. name: what it is, for people. */
+/* Tries thing number i that capture needs of the kernel, and takes it back: each program alone, then all attached in a
+ * namespace made for it. -ERANGE: there is no thing i. name: what it is, for people. */
 int capture_probe(int i, const char **name, char *error);
 /* cdef end */
 

@@ -74,7 +74,7 @@ struct capture_fated {
 };
 
 /* What the survey (survey.bpf.c) says of each TCP socket of the namespace. */
-enum capture_kind { KIND_REQUEST = 1, KIND_OLD = 2, KIND_OTHER = 3 };
+enum capture_kind { KIND_REQUEST = 1, KIND_OLD = 2, KIND_OTHER = 3, KIND_ENGINE = 4 };
 
 struct capture_seen {
         __u8 local[16], remote[16];

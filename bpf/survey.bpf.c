@@ -116,7 +116,9 @@ static __always_inline int look(struct bpf_iter__tcp *ctx, __u32 fate)
                 if (!tcp)
                         return 0;
                 __u32 *engine = bpf_sk_storage_get(&engine_sk, tcp, 0, 0);
-                if (!engine) {
+                if (engine) {
+                        seen.kind = KIND_ENGINE;
+                } else {
                         struct capture_fated *fated = bpf_sk_storage_get(&fates, tcp, 0, 0);
                         if (!fated && fate) {
                                 struct capture_fated noted = {.fate = fate};

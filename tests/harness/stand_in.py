@@ -55,6 +55,10 @@ class Capture:
         with open(self.pair.pod_path) as netns:
             return self._check(lib.capture_old(self.pins, netns.fileno(), self._error))
 
+    def held(self) -> int:
+        with open(self.pair.pod_path) as netns:
+            return self._check(lib.capture_held(self.pins, netns.fileno(), self._error))
+
     def listeners(self) -> int:
         return self._check(lib.capture_listeners(self.pins, self._error))
 

@@ -18,7 +18,7 @@ import pytest
 from sidestep._bpf import lib
 from tests.harness.netns import Pair, Sniffer, connect, inside, listen, run
 from tests.harness.stand_in import Capture, StandIn, plain
-from tests.net.attacker import ATTACKS
+from tests.net import attacker
 
 SCRIPT = Path(__file__).with_name("attacker.py").read_text()
 PORT = 80
@@ -74,7 +74,7 @@ def far_server(link: Pair, closing: Callable[..., None]) -> None:
 
 def cases() -> list[tuple[str, int, bool]]:
     found = []
-    for name in ATTACKS:
+    for name in attacker.ATTACKS:
         for family in (6,) if name in ONLY_6 else (4, 6):
             for raw in (True, False):
                 found.append((name, family, raw))
@@ -164,12 +164,12 @@ print("planted")
 """
 
 
-def syn_frame(source: str, source_port: int, destination: str, port: int, header: bytes) -> bytes:
-    """A SYN from anybody, as a frame."""
-    from tests.net import attacker
-
+def syn_frame(
+    source: str, source_port: int, destination: str, port: int, header: bytes, flags: int = 2, sequence: int = 1
+) -> bytes:
+    """A SYN (or what `flags` say) from anybody, as a frame; `header`: the two MACs."""
     attacker.P.update({"pod": source, "far": destination, "port": port, "canary": ""})
-    body = attacker.segment(2, b"", source_port)
+    body = attacker.segment(flags, b"", source_port, sequence)
     kind = b"\x86\xdd" if ":" in source else b"\x08\x00"
     return header + kind + (attacker.ip6(body) if ":" in source else attacker.ip4(body))
 

@@ -14,6 +14,7 @@ import pytest
 from sidestep._bpf import lib
 from tests.harness.netns import Pair, Sniffer, connect, inside, listen, run
 from tests.harness.stand_in import _BPF, Capture, StandIn, map_update, plain
+from tests.net.test_bypass import mac, syn_frame
 
 Close = Callable[..., None]
 
@@ -99,8 +100,6 @@ def test_a_small_backlog(strict: StandIn, capture: Capture, link: Pair) -> None:
 
 def flood(link: Pair, family: int, count: int) -> None:
     """SYNs from outside that are never completed, from `count` ports of an address whose host drops the answers."""
-    from tests.net.test_bypass import mac, syn_frame
-
     header = b"".join(bytes.fromhex(mac(name).replace(":", "")) for name in (link.pod, link.outside))
     source = link.far(family)
     frames = [syn_frame(source, 1024 + n, link.pod_address(family), 8080, header) for n in range(count)]

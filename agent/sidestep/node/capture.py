@@ -139,6 +139,12 @@ class Captures:
         """Connections from before the enrolment that are still open."""
         return await self._inside(netns, _lib.capture_old, uid, None)
 
+    async def held(self, uid: str, netns: Netns) -> int:
+        """Connections between engine and application that would be cut by a detach, also those that only the kernel
+        still delivers.
+        """
+        return await self._inside(netns, _lib.capture_held, uid, None)
+
     async def counters(self, uid: str) -> Mapping[str, int]:
         """Decisions of the programs, by name."""
 

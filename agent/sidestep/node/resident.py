@@ -203,7 +203,9 @@ class Steps:
             resident.old = await self._captures.old(resident.uid, _known(resident.netns))
         if resident.capture is Capture.DRAINING and resident.engine is Serving.DRAINING and self._engine.up:
             stats = await self._engine.pod_stats(resident.uid)
-            resident.connections, resident.quiet_ms = stats.connections, stats.quiet_ms
+            # What the engine has closed may still be on its way to the application.
+            held = await self._captures.held(resident.uid, resident.netns) if resident.netns else 0
+            resident.connections, resident.quiet_ms = max(stats.connections, held), stats.quiet_ms
         step = next_step(replace(want, fresh=resident.fresh), self.actual(resident), self._names.drain_quiet_ms)
         resident.step = step
         return step
