@@ -273,18 +273,34 @@ static char *copy(const char *text)
         return text && *text ? strdup(text) : NULL;
 }
 
+#define PORT_TRIES 16
+
+/* A plaintext connection to the application from the client's address; its port is ours to choose (pod.h). */
+static int connect_plain(struct flow *f, struct pod *in, const struct endpoint *to)
+{
+        int fd = -EADDRNOTAVAIL;
+        for (int i = 0; i < PORT_TRIES && (fd == -EADDRNOTAVAIL || fd == -EADDRINUSE); i++) {
+                struct endpoint source = {.addr = f->src.addr};
+                source.port = pod_tuple_port(in, &source.addr, loop_random(f->w));
+                if (source.port == 0)
+                        return -EADDRNOTAVAIL;
+                fd = pod_connect(in, &source, to, true);
+                if (fd < 0) {
+                        pod_tuple_remove(in, &source);
+                } else {
+                        f->own = source;
+                        f->tuple_own = true;
+                }
+        }
+        return fd;
+}
+
 /* b is on its way to the application: from the client's address. */
 static int connect_application(struct flow *f, struct pod *in, const struct endpoint *to, bool plain)
 {
         struct endpoint source = {.addr = f->src.addr};
-        if (plain) {
-                source.port = pod_tuple_port(in, &source.addr, loop_random(f->w));
-                if (source.port == 0)
-                        return -EADDRNOTAVAIL;
-                f->own = source;
-                f->tuple_own = true;
-        }
-        int fd = pod_connect(in, addr_equal(&source.addr, &to->addr) && !plain ? NULL : &source, to, true);
+        int fd = plain ? connect_plain(f, in, to)
+                       : pod_connect(in, addr_equal(&source.addr, &to->addr) ? NULL : &source, to, true);
         if (fd < 0)
                 return fd;
         f->b.io.fd = fd;
@@ -801,6 +817,7 @@ void flow_expired(struct flow *f)
                 else
                         timer_set(f->w, &f->timer, TIMER_FLOW, TIMER_1H);
                 break;
+        case FLOW_NEW:
         case FLOW_DEAD:
                 break;
         }

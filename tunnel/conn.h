@@ -11,6 +11,7 @@ struct listener;
 struct seat;
 
 enum flow_state {
+        FLOW_NEW,        /* accepted, not looked at yet */
         FLOW_HELD,       /* waits for its pod's state (5 s) */
         FLOW_UNKNOWN,    /* waits for a record of its destination (1 s) */
         FLOW_CONNECTING, /* b is on its way */

@@ -487,10 +487,10 @@ static void comma(struct dump *d)
 
 static void dump_flow(struct dump *d, const struct flow *f)
 {
-        static const char *const states[] = {
-                [FLOW_HELD] = "held",       [FLOW_UNKNOWN] = "held", [FLOW_CONNECTING] = "connecting",
-                [FLOW_WAITING] = "waiting", [FLOW_ASKED] = "asked",  [FLOW_RELAY] = "open",
-                [FLOW_DEAD] = "ended"};
+        static const char *const states[] = {[FLOW_NEW] = "held",        [FLOW_HELD] = "held",
+                                             [FLOW_UNKNOWN] = "held",    [FLOW_CONNECTING] = "connecting",
+                                             [FLOW_WAITING] = "waiting", [FLOW_ASKED] = "asked",
+                                             [FLOW_RELAY] = "open",      [FLOW_DEAD] = "ended"};
         char text[ENDPOINT_STRLEN];
         bool out = f->way == WAY_OUTBOUND;
         comma(d);
