@@ -34,6 +34,9 @@
 #ifndef IPV6_FREEBIND
 #define IPV6_FREEBIND 78
 #endif
+#ifndef IP_LOCAL_PORT_RANGE
+#define IP_LOCAL_PORT_RANGE 51 /* Linux 6.3 */
+#endif
 #ifndef IP_BIND_ADDRESS_NO_PORT
 #define IP_BIND_ADDRESS_NO_PORT 24
 #endif
@@ -225,7 +228,13 @@ int pod_revive(struct pod *p, int listeners_map, int engine_sk, unsigned workers
         return pod_serve(p);
 }
 
-int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app)
+/* Ports of spoofed sources: below the usual range of clients, so that an application's own connection with the same
+ * client, from before it was enrolled or native again, has another port. wide: when these are used up. */
+#define SPOOF_FIRST 1024
+#define SPOOF_LAST 32767
+
+static int connect_once(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app,
+                        bool wide)
 {
         struct sockaddr_storage address;
         int family = addr_is_v4(&to->addr) ? AF_INET : AF_INET6, fd = socket_inside(p, family), result;
@@ -238,13 +247,15 @@ int pod_connect(struct pod *p, const struct endpoint *source, const struct endpo
         if (towards_app)
                 linger_reset(fd);
         if (source) {
-                set_int(fd, family == AF_INET ? SOL_IP : SOL_IPV6,
-                        family == AF_INET ? IP_TRANSPARENT : IPV6_TRANSPARENT, 1);
-                set_int(fd, family == AF_INET ? SOL_IP : SOL_IPV6, family == AF_INET ? IP_FREEBIND : IPV6_FREEBIND, 1);
-                if (source->port == 0)
+                int level = family == AF_INET ? SOL_IP : SOL_IPV6;
+                set_int(fd, level, family == AF_INET ? IP_TRANSPARENT : IPV6_TRANSPARENT, 1);
+                set_int(fd, level, family == AF_INET ? IP_FREEBIND : IPV6_FREEBIND, 1);
+                set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1); /* the port may be in TIME_WAIT towards another destination */
+                if (source->port == 0) {
                         set_int(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1);
-                else
-                        set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+                        if (!wide)
+                                set_int(fd, SOL_IP, IP_LOCAL_PORT_RANGE, SPOOF_LAST << 16 | SPOOF_FIRST);
+                }
                 socklen_t length = addr_to_sockaddr(source, &address);
                 if (bind(fd, (struct sockaddr *)&address, length) < 0) {
                         result = -errno;
@@ -260,6 +271,14 @@ int pod_connect(struct pod *p, const struct endpoint *source, const struct endpo
 fail:
         close(fd);
         return result;
+}
+
+int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app)
+{
+        int fd = connect_once(p, source, to, towards_app, false);
+        if (fd == -EADDRNOTAVAIL && source && source->port == 0)
+                fd = connect_once(p, source, to, towards_app, true);
+        return fd;
 }
 
 struct pod *pod_ref(struct pod *p)
@@ -366,7 +385,7 @@ uint16_t pod_tuple_port(struct pod *p, const struct addr *client, uint64_t rando
         uint16_t found = 0;
         pthread_mutex_lock(&p->lock);
         for (unsigned i = 0; i < 256 && !found; i++) {
-                e.port = (uint16_t)(32768 + (random + i * 7919) % 28000);
+                e.port = (uint16_t)(SPOOF_FIRST + (random + i * 7919) % (SPOOF_LAST - SPOOF_FIRST));
                 if (!find(p, &e))
                         found = e.port;
         }

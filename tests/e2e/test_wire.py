@@ -15,8 +15,8 @@ import http.client, sys
 total = 0
 for _ in range(5):
     c = http.client.HTTPConnection({target!r}, 8080, timeout=20)
-    c.request("POST", "/", body=({canary!r} * 200)[:{size}].encode())
-    r = c.getresponse(); total += {size} + len(r.read()); c.close()
+    c.request("GET", "/?" + {canary!r}, headers={{"X-Canary": {canary!r}}})
+    r = c.getresponse(); total += len({canary!r}) * 2 + len(r.read()); c.close()
 print(total)
 """
 REDIS = """
