@@ -46,6 +46,7 @@ class Node:
         self.bpf_dir = Path(f"/sys/fs/bpf/t-agent-{os.getpid()}")
         self.drain_quiet_ms = 0
         self.engine: subprocess.Popen[bytes] | None = None
+        self.feed: FileFeed | None = None
         self._agent: Agent | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -98,6 +99,7 @@ class Node:
         )
         feed = FileFeed(self.state_file, authority, agent)
         agent.engine_versions = feed.engine_holds
+        self.feed = feed
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(agent.run()),
@@ -138,6 +140,13 @@ class Node:
         )
         self.state["certificates"].append(self.authority.issue(spiffe("cluster.local", namespace, name)))
         return sandbox, pod
+
+    def publish(self, names: list[str]) -> None:
+        """The mesh learns these workloads, and no others."""
+        assert self.feed is not None
+        state = {**self.state, "workloads": [each for each in self.state["workloads"] if each["name"] in names]}
+        self.state_file.write_text(yaml.safe_dump(state))
+        self.feed.reload()
 
     async def cni(self, command: str, sandbox: Sandbox, pod: Pod, container: str = "") -> tuple[int, dict[str, Any]]:
         """The real plugin, as a runtime runs it. Returns exit status and stdout."""
@@ -590,5 +599,41 @@ def test_pins_taken_away_are_made_again(node: Node) -> None:
             node.cluster.label("shop", "")
             await node.released(web_pod)
             await node.released(api_pod)
+
+    run(work())
+
+
+def test_a_new_pod_is_held_until_its_record_is_there(node: Node) -> None:
+    async def work() -> None:
+        node.cluster.label("shop", "ambient")
+        web, web_pod = node.pod("web", running=False)
+        api, api_pod = node.pod("api", running=False)
+        node.start_engine()
+        async with node.running_agent() as agent, echo(api, PORT) as seen:
+            node.publish(["api"])
+            for sandbox, pod in ((web, web_pod), (api, api_pod)):
+                assert (await node.cni("ADD", sandbox, pod))[0] == 0
+                await node.enrolled(pod)
+
+            async def known() -> set[str]:
+                return {each["name"] for each in await agent.engine.dump("workloads")}
+
+            while await known() != {"api"}:
+                await asyncio.sleep(0.02)
+            async with asyncio.TaskGroup() as group:
+                waiting = group.create_task(Client.open(web, api.v4, PORT))
+                while (await agent.engine.pod_stats(web_pod.uid)).held != 1:
+                    await asyncio.sleep(0.02)
+                assert seen == []
+                node.publish(["api", "web"])
+            client = waiting.result()
+            assert client.seen_as == web.v4 and (await agent.engine.pod_stats(web_pod.uid)).held == 0
+            await client.close()
+            node.publish(["api"])
+            while await known() != {"api"}:
+                await asyncio.sleep(0.02)
+            with pytest.raises(OSError):
+                await Client.open(web, api.v4, PORT, seconds=60)
+            assert seen == [web.v4]
 
     run(work())
