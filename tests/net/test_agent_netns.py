@@ -55,7 +55,9 @@ def test_ownership_is_by_address_of_either_family(name: str) -> None:
 
 def test_records_outlive_the_process_and_survive_rubbish(tmp_path: Path) -> None:
     records = netns.Records(tmp_path / "pods")
-    record = netns.Record("u-1", "shop", "web", "default", "c1", "eth0", "/run/netns/a", 4026531999, 7, ("10.1.0.5", "fd00::5"))
+    record = netns.Record(
+        "u-1", "shop", "web", "default", "c1", "eth0", "/run/netns/a", 4026531999, 7, ("10.1.0.5", "fd00::5")
+    )
     records.save(record)
     (tmp_path / "pods" / "u-2.json").write_text("{")
     (tmp_path / "pods" / "u-3.json").write_text('{"uid": "u-3"}')
