@@ -28,7 +28,7 @@ def server_hello(version: int | None) -> bytes:
 
 
 def flow(source: Endpoint, destination: Endpoint, payload: bytes) -> Flow:
-    made = Flow(source, destination, syn=True)
+    made = Flow(source, destination, syn=True, answered=True)
     made.add(1000, payload)
     return made
 

@@ -302,7 +302,7 @@ def violations(flows: Iterable[Flow], canaries: Iterable[bytes] = ()) -> list[Vi
         except ValueError as error:
             found.append(Violation("not-tls", f"{name}: {error}"))
             continue
-        if from_server and seen and seen[0][0] != 21:
+        if from_server and flow.answered and seen and seen[0][0] != 21:
             version = server_hello_version(seen[0][1]) if seen[0][0] == 22 else None
             if version is None:
                 found.append(Violation("no-server-hello", name))
