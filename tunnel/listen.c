@@ -21,6 +21,7 @@
 #include <netinet/tcp.h>
 #include <sched.h>
 #include <stdio.h>
+#include <sys/random.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include "pod.h"
@@ -33,9 +34,6 @@
 
 #ifndef IPV6_FREEBIND
 #define IPV6_FREEBIND 78
-#endif
-#ifndef IP_LOCAL_PORT_RANGE
-#define IP_LOCAL_PORT_RANGE 51 /* Linux 6.3 */
 #endif
 #ifndef IP_BIND_ADDRESS_NO_PORT
 #define IP_BIND_ADDRESS_NO_PORT 24
@@ -229,12 +227,13 @@ int pod_revive(struct pod *p, int listeners_map, int engine_sk, unsigned workers
 }
 
 /* Ports of spoofed sources: below the usual range of clients, so that an application's own connection with the same
- * client, from before it was enrolled or native again, has another port. wide: when these are used up. */
+ * client, from before it was enrolled or native again, has another port: a SYN with that tuple would never be answered.
+ * They are named one by one: IP_LOCAL_PORT_RANGE only narrows net.ipv4.ip_local_port_range, it cannot leave it. */
 #define SPOOF_FIRST 1024
 #define SPOOF_LAST 32767
+#define SPOOF_TRIES 32
 
-static int connect_once(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app,
-                        bool wide)
+static int connect_once(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app)
 {
         struct sockaddr_storage address;
         int family = addr_is_v4(&to->addr) ? AF_INET : AF_INET6, fd = socket_inside(p, family), result;
@@ -251,11 +250,8 @@ static int connect_once(struct pod *p, const struct endpoint *source, const stru
                 set_int(fd, level, family == AF_INET ? IP_TRANSPARENT : IPV6_TRANSPARENT, 1);
                 set_int(fd, level, family == AF_INET ? IP_FREEBIND : IPV6_FREEBIND, 1);
                 set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1); /* the port may be in TIME_WAIT towards another destination */
-                if (source->port == 0) {
+                if (source->port == 0)
                         set_int(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1);
-                        if (!wide)
-                                set_int(fd, SOL_IP, IP_LOCAL_PORT_RANGE, SPOOF_LAST << 16 | SPOOF_FIRST);
-                }
                 socklen_t length = addr_to_sockaddr(source, &address);
                 if (bind(fd, (struct sockaddr *)&address, length) < 0) {
                         result = -errno;
@@ -275,10 +271,19 @@ fail:
 
 int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app)
 {
-        int fd = connect_once(p, source, to, towards_app, false);
-        if (fd == -EADDRNOTAVAIL && source && source->port == 0)
-                fd = connect_once(p, source, to, towards_app, true);
-        return fd;
+        if (!source || source->port != 0)
+                return connect_once(p, source, to, towards_app);
+        struct endpoint at = *source;
+        for (int i = 0; i < SPOOF_TRIES; i++) {
+                uint32_t number;
+                if (getrandom(&number, sizeof(number), 0) != sizeof(number))
+                        break;
+                at.port = (uint16_t)(SPOOF_FIRST + number % (SPOOF_LAST - SPOOF_FIRST));
+                int fd = connect_once(p, &at, to, towards_app);
+                if (fd != -EADDRNOTAVAIL && fd != -EADDRINUSE)
+                        return fd;
+        }
+        return connect_once(p, source, to, towards_app); /* nearly all are in use: any that the kernel finds */
 }
 
 struct pod *pod_ref(struct pod *p)
