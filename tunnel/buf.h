@@ -12,6 +12,7 @@
 struct buf {
         uint8_t *bytes;
         size_t head, len, cap;
+        size_t most, last; /* greatest length since it was empty, and the time before: what it will take again */
 };
 
 static inline uint8_t *buf_at(const struct buf *b)
@@ -23,12 +24,14 @@ static inline uint8_t *buf_at(const struct buf *b)
 static inline uint8_t *buf_room(struct buf *b, size_t n)
 {
         if (b->cap - b->head - b->len < n) {
-                if (b->head && b->cap - b->len >= n) {
+                if (b->head >= b->len / 4 && b->cap - b->len >= n) {
                         memmove(b->bytes, b->bytes + b->head, b->len);
                         b->head = 0;
                 } else {
-                        size_t cap = b->cap ? b->cap : 4096;
-                        while (cap < b->len + n)
+                        size_t cap = b->cap ? b->cap : 4096, want = b->len + n;
+                        if (want > 4096 && want < b->last)
+                                want = b->last; /* once, instead of growing to it with a copy each time */
+                        while (cap < want)
                                 cap *= 2;
                         uint8_t *bytes = malloc(cap);
                         if (!bytes)
@@ -50,16 +53,29 @@ static inline void buf_free(struct buf *b)
         *b = (struct buf){0};
 }
 
+/* Holds no bytes: gives its memory back, if that was more than a small one. */
+static inline void buf_empty(struct buf *b)
+{
+        b->head = 0;
+        if (b->cap > 4096) {
+                free(b->bytes);
+                b->bytes = NULL;
+                b->cap = 0;
+        }
+}
+
 /* Memory goes back as soon as the last byte is taken; small buffers are kept for the next message. */
 static inline void buf_take(struct buf *b, size_t n)
 {
+        if (b->len > b->most)
+                b->most = b->len;
         b->head += n;
         b->len -= n;
         if (b->len)
                 return;
-        b->head = 0;
-        if (b->cap > 4096)
-                buf_free(b);
+        b->last = b->most;
+        b->most = 0;
+        buf_empty(b);
 }
 
 static inline bool buf_add(struct buf *b, const void *bytes, size_t n)

@@ -29,7 +29,8 @@
 #include "rbac.h"
 
 #define TURN_BYTES (1 << 20)
-#define STREAM_QUEUE (128 << 10) /* read ahead of a stream that cannot be written */
+#define STREAM_QUEUE (8 * FRAME_PAYLOAD) /* read ahead of a stream that cannot be written: whole frames */
+#define FRONT 16                         /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
 
 /* -- making and ending -------------------------------------------------------------------------------------------- */
@@ -655,7 +656,19 @@ static ssize_t load(struct flow *f, struct side *from, struct side *to, size_t m
         size_t moved = 0;
         while (from->io.readable && !from->ended && to->out.len < STREAM_QUEUE && moved < most) {
                 size_t want = STREAM_QUEUE - to->out.len;
-                ssize_t n = recv(from->io.fd, f->w->scratch, want, 0);
+                uint8_t *room = f->w->scratch;
+                if (to->out.len > 8192 || to->out.last > 8192) { /* many bytes last time: no copy */
+                        room = buf_room(&to->out, want + FRONT);
+                        if (!room) {
+                                flow_reset(f, FLAG_CONNECT, "no memory");
+                                return -1;
+                        }
+                        if (to->out.len == 0) {
+                                to->out.head = FRONT;
+                                room = buf_at(&to->out);
+                        }
+                }
+                ssize_t n = recv(from->io.fd, room, want, 0);
                 if (n < 0 && errno == EINTR)
                         continue;
                 if (n < 0 && errno == EAGAIN) {
@@ -672,13 +685,17 @@ static ssize_t load(struct flow *f, struct side *from, struct side *to, size_t m
                 }
                 if ((size_t)n < want && !from->io.hangup)
                         from->io.readable = false;
-                if (!buf_add(&to->out, f->w->scratch, (size_t)n)) {
+                if (room != f->w->scratch) {
+                        to->out.len += (size_t)n;
+                } else if (!buf_add(&to->out, room, (size_t)n)) {
                         flow_reset(f, FLAG_CONNECT, "no memory");
                         return -1;
                 }
                 count_bytes(f, from, (size_t)n);
                 moved += (size_t)n;
         }
+        if (to->out.len == 0)
+                buf_empty(&to->out);
         account(f, to);
         if (moved || from->ended)
                 tun_resume(to);

@@ -26,8 +26,8 @@
 #include "hbone.h"
 #include "pod.h"
 
-#define FRAME_PAYLOAD 16375
 #define RECORD 16384
+#define DIRECT 4096 /* larger payloads are not copied together with others */
 #define CONNECTION_WINDOW (16 << 20)
 #define EARLY_RESETS                                                                                                   \
         2000 /* streams that a client reset before they were connected, in a tunnel's life, less those that worked */
@@ -95,15 +95,23 @@ static int on_send_data(nghttp2_session *h2, nghttp2_frame *frame, const uint8_t
         (void)h2;
         if (t->tls.out.len >= TUN_QUEUE)
                 return NGHTTP2_ERR_WOULDBLOCK;
-        if (stage.len + 9 + length > RECORD && stage_seal(t) < 0)
+        if ((stage.len + 9 + length > RECORD || length > DIRECT) && stage_seal(t) < 0)
                 return NGHTTP2_ERR_CALLBACK_FAILURE;
-        if (stage_add(t, header, 9) < 0 || stage_add(t, buf_at(&s->out), length) < 0)
+        if (length > DIRECT && s->out.head >= 9) {
+                /* sealed from where it is: the header goes into the bytes before it, which are taken */
+                uint8_t *record = buf_at(&s->out) - 9;
+                memcpy(record, header, 9);
+                if (tls_write(&t->tls, record, (int)length + 9, &t->key_updates) < 0)
+                        return NGHTTP2_ERR_CALLBACK_FAILURE;
+        } else if (stage_add(t, header, 9) < 0 || stage_add(t, buf_at(&s->out), length) < 0) {
                 return NGHTTP2_ERR_CALLBACK_FAILURE;
+        }
         if (length)
                 buf_take(&s->out, length);
         if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM)
                 s->closing = true;
-        flow_ready(f);
+        if (s->closing || flow_other(f, s)->io.readable)
+                flow_ready(f);
         return 0;
 }
 
@@ -597,6 +605,8 @@ static void digest(struct tun *t)
                         tun_fail(t, FLAG_H2_FAILURE, taken < 0 ? nghttp2_strerror((int)taken) : "HTTP/2 session ended");
                         return;
                 }
+                if (t->tls.in.len == 0 && SSL_pending(t->tls.ssl) == 0)
+                        return;
         }
 }
 

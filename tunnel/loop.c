@@ -11,6 +11,7 @@
  * deadline; a worker that does not answer for 10 s is stuck, and the command fails.
  */
 #include <errno.h>
+#include <malloc.h>
 #include <stdio.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -22,6 +23,7 @@
 #include "pod.h"
 
 #define MAIL_DEADLINE_MS 10000
+#define TRIM_KEEP (2 << 20)
 
 static const uint64_t lengths_ms[TIMER_LENGTHS] = {
         [TIMER_1S] = 1000,   [TIMER_5S] = 5000,     [TIMER_10S] = 10000,  [TIMER_15S] = 15000,
@@ -243,6 +245,10 @@ int loop_all(struct tunnel *engine, void (*run)(struct worker *, void *), void *
 
 int loop_start(struct worker *w, struct tunnel *engine, unsigned index)
 {
+        /* Queues of up to TRIM_KEEP come and go many times a second: the allocator's own thresholds would give their
+         * pages back and fault them in again each time. */
+        mallopt(M_TRIM_THRESHOLD, TRIM_KEEP);
+        mallopt(M_MMAP_THRESHOLD, TRIM_KEEP);
         w->engine = engine;
         w->index = index;
         w->ev = event_worker(engine->event, index);
