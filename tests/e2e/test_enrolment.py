@@ -20,6 +20,7 @@ def last(process: "subprocess.Popen[str]") -> dict[str, float]:
 def test_toggles_under_load_lose_nothing(mesh: Lab) -> None:
     mesh.release("world")
     before = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in mesh.pods("world")}
+    mesh.reuse_ports("world/client")
     customers = str(build_customers())
     command = [customers, "buy", mesh.address("world/server"), "7000", str(RATE), str(KEPT)]
     process = mesh.popen("world/client", *command, stdout=subprocess.PIPE)

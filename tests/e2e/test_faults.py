@@ -64,6 +64,7 @@ class Customers:
 @pytest.fixture
 def customers(mesh: Lab) -> Iterator[Customers]:
     """A load that runs over enrolled pods."""
+    mesh.reuse_ports("world/client")
     mesh.enrol("world")
     load = Customers(mesh)
     try:
@@ -71,7 +72,7 @@ def customers(mesh: Lab) -> Iterator[Customers]:
         yield load
     finally:
         load.process.kill()
-        load.process.wait()
+        load.process.communicate()
 
 
 def pid(lab: Lab, process: str, node: str = "") -> int:
@@ -110,7 +111,7 @@ def test_a_pod_of_a_new_service_account_after_the_control_plane_was_killed(mesh:
     kill(mesh, "control")
     mesh.apply(*pod("late", "node2", [str(build_customers()), "serve", "7000"], 7000))
     try:
-        eventually("late is enrolled and ready", lambda: "late" in mesh.enrolled("world"))
+        eventually("late is enrolled and ready", lambda: "late" in mesh.enrolled("world") and mesh.ready("world/late"))
         target = mesh.address("world/late")
         program = (
             f"import socket; s = socket.create_connection(({target!r}, 7000), 20); s.sendall(b'x'); print(s.recv(1))"
@@ -151,7 +152,8 @@ def test_killing_the_engine_five_times(mesh: Lab, node: str) -> None:
                 ending = stream.stdout.readline().strip()
             finally:
                 stream.kill()
-                stream.wait()
+                stream.communicate()
+
             assert ending in ("ConnectionResetError", "BrokenPipeError"), ending
             check = (
                 f"import socket; s = socket.create_connection(({target!r}, 7000), 5); s.sendall(b'x'); print(s.recv(1))"

@@ -132,6 +132,21 @@ class Lab:
                 path = f"/api/v1/namespaces/{item['metadata']['namespace']}/{paths[item['kind']]}"
             self.ask(functools.partial(_create, path, item))
 
+    def netns(self, pod: str) -> str:
+        """Path of the pod's network namespace (docs/interfaces.md, "Inside the lab")."""
+        item = self.pod(pod)
+        return f"/run/sidestep/lab/{self.name}/{item['spec']['nodeName']}/netns/{item['metadata']['uid']}"
+
+    def ready(self, pod: str) -> bool:
+        """Is the pod's condition Ready true?"""
+        conditions = self.pod(pod)["status"].get("conditions") or []
+        return any(entry["type"] == "Ready" and entry["status"] == "True" for entry in conditions)
+
+    def reuse_ports(self, pod: str) -> None:
+        """For hundreds of connections a second between two addresses: the client's ports do not wait for 60 s."""
+        enter = ["nsenter", f"--net={self.netns(pod)}"]
+        subprocess.run([*enter, "sysctl", "-qw", "net.ipv4.tcp_tw_reuse=1"], check=True)
+
     def delete_pod(self, pod: str) -> None:
         """Deletes a pod and waits until it is gone."""
         namespace, name = pod.split("/")
