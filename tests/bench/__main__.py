@@ -240,11 +240,14 @@ class Result:
         costs = [statistics.median(s.cpu_s for s in side) * cpu for side in (self.plain, self.mesh)]
         aims = (self.row.share, self.row.p50) if self.place == "across" else (None, None)
         latency = f"{self.p50():7.2f}" if self.p50() else f"{'':7}"
-        return (
-            f"{self.place:7}{self.row.name:36}{rates[0]:9.0f} {rates[1]:9.0f} {unit:5}"
-            f"{self.share():6.3f}{aims[0] or '':>7}{latency}{aims[1] or '':>7}{costs[0]:10.2f}{costs[1]:10.2f} {'s/GB' if self.row.bulk else 'us'}"
-            f"{'  MISSED' if self.missed() else ''}"
-        )
+        words = [
+            f"{self.place:7}{self.row.name:36}",
+            f"{rates[0]:9.0f} {rates[1]:9.0f} {unit:5}",
+            f"{self.share():6.3f}{aims[0] or '':>7}{latency}{aims[1] or '':>7}",
+            f"{costs[0]:10.2f}{costs[1]:10.2f} {'s/GB' if self.row.bulk else 'us'}",
+            "  MISSED" if self.missed() else "",
+        ]
+        return "".join(words)
 
 
 def collect(plain: Side, mesh: Side, rounds: int, seconds: float) -> list[Result]:
