@@ -1,5 +1,6 @@
 """What stands where the engine will: listeners in a pod's SOCKMAP. For tests of capture alone."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -50,6 +51,9 @@ class Capture:
 
     def detach(self) -> None:
         self._check(self._netns("capture_detach"))
+        for folder in Path(self.pins.decode()).parents[:2]:
+            with contextlib.suppress(OSError):  # another instance of this run is in it
+                folder.rmdir()
 
     def old(self) -> int:
         with open(self.pair.pod_path) as netns:

@@ -117,6 +117,7 @@ def test_a_syn_flood_lets_nobody_past(strict: StandIn, capture: Capture, link: P
     rules = "add table inet t; add chain inet t o { type filter hook output priority 0; };"
     run("nsenter", f"--net={link.outside_path}", "nft", rules + " add rule inet t o tcp flags & rst == rst drop")
     application = listen(link.pod_path, link.pod_address(family), 8080)
+    enter = ("nsenter", f"--net={link.pod_path}")
     flood(link, family, 20000)
     with connect(link.outside_path, link.pod_address(family), 8080) as client:
         accepted, peer = strict.inbound.accept()
@@ -131,8 +132,10 @@ def test_a_syn_flood_lets_nobody_past(strict: StandIn, capture: Capture, link: P
     for each in (engine, served, application):
         each.close()
     counters = capture.counters()
-    assert counters["to_inbound"] >= 20000, counters
+    assert counters["to_inbound"] > 4096, counters  # a slow machine may lose frames; the backlog was exceeded
     assert counters["to_application"] == 1, counters
+    names, values = (line.split() for line in run(*enter, "grep", "^TcpExt:", "/proc/net/netstat").splitlines())
+    assert int(values[names.index("SyncookiesSent")]) > 0
 
 
 # -- tags -------------------------------------------------------------------------------------------------------------
@@ -267,6 +270,10 @@ def test_a_second_address_of_the_pod(capture: Capture, link: Pair, family: int, 
     accepted, _ = engine.outbound.accept()
     closing(other, accepted)
     assert plain(accepted.getsockname()) == (second, 9000)
+    # and what the engine then opens reaches it, by its tag
+    onward = engine.connect(second, 9000, (link.pod_address(family), 0))
+    arrived, _ = own.accept()
+    closing(onward, arrived)
 
 
 def test_an_inbound_flow_whose_engine_dies_while_draining(
