@@ -380,6 +380,14 @@ static void go_hbone(struct flow *f, const struct workload *own, const struct ro
                 flow_reset(f, FLAG_CONNECT, strerror(-result));
 }
 
+static bool expects(const struct route *r, const char *identity)
+{
+        for (unsigned i = 0; i < r->nsans; i++)
+                if (strcmp(r->sans[i], identity) == 0)
+                        return true;
+        return false;
+}
+
 /* Outbound: everything about the pod is there; where does this go? */
 static void route_outbound(struct flow *f, const struct workload *own, struct identity *i)
 {
@@ -406,7 +414,9 @@ static void route_outbound(struct flow *f, const struct workload *own, struct id
         case ROUTE_HBONE: {
                 struct seat *seat =
                         atomic_load(&f->w->engine->same_node_mtls) ? NULL : seat_of_workload(f->w, r.dst->uid);
-                if (seat)
+                /* Only what is really that pod: its address, and an identity that the record allows. The rest is for
+                 * TLS to find out. */
+                if (seat && pod_has(seat->pod, &r.target.addr) && expects(&r, seat->pod->identity))
                         go_local(f, seat->pod, own, &r);
                 else
                         go_hbone(f, own, &r, i);
@@ -735,6 +745,11 @@ void flow_run(struct flow *f)
                 return;
         if (f->a.ended && f->b.ended && f->a.closing && f->b.closing) {
                 flow_finish(f);
+                return;
+        }
+        /* A reset that no read will find: its side has ended already, or the other side takes nothing. */
+        if ((f->a.io.failed || f->b.io.failed) && link_alone(&f->ready)) {
+                flow_reset(f, FLAG_CONNECT, strerror(ECONNRESET));
                 return;
         }
         if ((f->a.ended || f->b.ended) && link_alone(&f->timer.link))

@@ -71,9 +71,11 @@ static int stage_add(struct tun *t, const uint8_t *bytes, size_t n)
 static ssize_t on_read_data(nghttp2_session *h2, int32_t id, uint8_t *buf, size_t length, uint32_t *flags,
                             nghttp2_data_source *source, void *arg)
 {
-        struct flow *f = source->ptr;
+        struct flow *f = nghttp2_session_get_stream_user_data(h2, id);
+        (void)source, (void)buf, (void)arg;
+        if (!f)
+                return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
         struct side *s = flow_stream_side(f);
-        (void)h2, (void)id, (void)buf, (void)arg;
         size_t n = s->out.len < length ? s->out.len : length;
         if (n > FRAME_PAYLOAD)
                 n = FRAME_PAYLOAD;
@@ -90,9 +92,13 @@ static int on_send_data(nghttp2_session *h2, nghttp2_frame *frame, const uint8_t
                         nghttp2_data_source *source, void *arg)
 {
         struct tun *t = arg;
-        struct flow *f = source->ptr;
+        /* A frame that met a full queue waits inside nghttp2, and its flow may have ended since: the RST_STREAM of that
+         * is behind it. Only the stream tells whether the flow is there, the source does not. */
+        struct flow *f = nghttp2_session_get_stream_user_data(h2, frame->hd.stream_id);
+        (void)source;
+        if (!f)
+                return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
         struct side *s = flow_stream_side(f);
-        (void)h2;
         if (t->tls.out.len >= TUN_QUEUE)
                 return NGHTTP2_ERR_WOULDBLOCK;
         if ((stage.len + 9 + length > RECORD || length > DIRECT) && stage_seal(t) < 0)

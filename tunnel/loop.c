@@ -128,6 +128,8 @@ static void dispatch(struct worker *w, struct epoll_event *e)
                 io->writable = true;
         if (e->events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
                 io->hangup = true;
+        if (e->events & EPOLLERR)
+                io->failed = true;
         switch (io->type) {
         case IO_WAKE: {
                 uint64_t n;

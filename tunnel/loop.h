@@ -24,6 +24,7 @@ struct io {
         enum io_type type;
         int fd; /* -1: closed; late events are ignored */
         bool readable, writable, hangup;
+        bool failed; /* an error was reported: nothing more will come, also where nobody is reading */
 };
 
 /* Doubly linked, circular, with a head that is a link too. */
