@@ -69,7 +69,7 @@ $(OUT)/.ext: $(EXT_SRC) $(BPF_SKEL)
 
 # The engine under ASan and UBSan: every tests/tunnel/t_*.c is a program with main() (cmocka), every tests/tunnel/fuzz/*.c a libFuzzer
 # target; both are linked with all of tunnel/ (but supervise.c). A target's seeds may lie in tests/tunnel/fuzz/NAME/.
-SAN      := -g -O1 -std=gnu11 -Wall -Wextra -Werror -fno-omit-frame-pointer -fno-sanitize-recover=all -Itunnel -Ibpf
+SAN      := -g -O1 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -Werror -fno-omit-frame-pointer -fno-sanitize-recover=all -Itunnel -Ibpf
 SAN_OBJ  := $(patsubst tunnel/%.c,$(OUT)/san/%.o,$(filter-out tunnel/supervise.c,$(wildcard tunnel/*.c)))
 SAN_HDR  := $(wildcard tunnel/*.h bpf/*.h tests/tunnel/*.h)
 SAN_LIBS := -lssl -lcrypto -lnghttp2 -lpthread
