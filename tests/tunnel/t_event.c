@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Label sets: names, order, escaping, sums over workers, expiry, the bound. The log: complete, in order, bounded, never
  * waited for. */
-#define _GNU_SOURCE /* memfd_create, F_SETPIPE_SZ */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

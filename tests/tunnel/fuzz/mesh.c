@@ -4,7 +4,6 @@
  * still goes in. The first byte says how to read the rest: as a batch, as a body of an Address or of an Authorization,
  * or as two batches.
  */
-#define _GNU_SOURCE /* memmem */
 #include "mesh.h"
 #include "rbac.h"
 #include "tunnel.h"
