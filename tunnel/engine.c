@@ -54,7 +54,7 @@ int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg)
         getrlimit(RLIMIT_NOFILE, &files);
         atomic_init(&t->fd_limit, files.rlim_cur / 10 * 9);
         atomic_init(&t->fds, 64);
-        if ((result = mesh_new(&t->mesh, t->nworkers)) < 0 ||
+        if ((result = netns_remember()) < 0 || (result = mesh_new(&t->mesh, t->nworkers)) < 0 ||
             (result = event_new(&t->event, t->nworkers, cfg->log_fd)) < 0)
                 goto fail;
         for (unsigned i = 0; i < t->nworkers; i++)

@@ -65,6 +65,11 @@ static int own_netns(void)
         return fd;
 }
 
+int netns_remember(void)
+{
+        return own_netns() < 0 ? -errno : 0;
+}
+
 static int socket_inside(const struct pod *p, int family)
 {
         int back = own_netns();

@@ -43,6 +43,9 @@ struct pod {
         struct tuple **tuples;
 };
 
+/* Each thread opens its own namespace once, when it starts: nothing has to be opened when a pod's socket is made. */
+int netns_remember(void);
+
 struct pod *pod_ref(struct pod *p);
 void pod_unref(struct pod *p);
 bool pod_has(const struct pod *p, const struct addr *a);
