@@ -7,6 +7,7 @@ The router's namespace has one interface per pod, so that each pod's link is a w
 """
 
 import ipaddress
+import itertools
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from tests.harness.netns import Pair, run
 from tests.harness.pki import Authority, Leaf, spiffe
 from tests.harness.stand_in import Capture
 
+_SERIAL = itertools.count()
 CLUSTER_CIDRS = ["10.0.0.0/8", "fd00::/8"]
 
 
@@ -73,7 +75,8 @@ class Nodes:
     ) -> None:
         self.folder = folder
         self.authority = Authority()
-        self.router = f"t-rt-{os.getpid()}"
+        serial = next(_SERIAL)
+        self.router = f"t-rt-{os.getpid()}-{serial}"
         self.accounts = accounts or {}
         self.same_node = same_node
         self._workers = workers
@@ -86,7 +89,7 @@ class Nodes:
         for number, (name, node) in enumerate(places.items()):
             low = os.getpid() & 0xFF
             pair = Pair(
-                pod=f"t-{name}-{os.getpid()}",
+                pod=f"t-{name}-{os.getpid()}-{serial}",
                 outside=self.router,
                 pod4=f"10.{160 + number}.{low}.2",
                 pod6=f"fd16:{number:x}:{low:x}::2",

@@ -1,0 +1,201 @@
+"""The engine against a peer that is not the engine (tests/harness/hbone_peer.py): protocol, and identity both ways."""
+
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.harness import hbone_peer
+from tests.harness.cluster import Nodes
+from tests.harness.netns import connect, listen
+from tests.harness.pki import Authority, Leaf, spiffe
+
+BAD = ["other trust domain", "other account", "expired", "no SPIFFE SAN", "two SANs", "self-signed", "other root"]
+
+
+def bad_leaf(authority: Authority, kind: str, identity: str) -> Leaf:
+    """A leaf that is wrong in one way."""
+    good = authority.leaf(identity)
+    if kind == "other trust domain":
+        return authority.leaf(identity.replace("cluster.local", "example.org"))
+    if kind == "other account":
+        return authority.leaf(spiffe("somebody-else"))
+    if kind == "expired":
+        return authority.leaf(identity, not_after=timedelta(hours=-1))
+    if kind == "no SPIFFE SAN":
+        return authority.leaf()
+    if kind == "two SANs":
+        return authority.leaf(identity, spiffe("somebody-else"))
+    if kind == "self-signed":
+        return authority.leaf(identity, self_signed=True)
+    stranger = Authority("another root").leaf(identity)
+    return Leaf(stranger.key, stranger.chain, good.roots)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """An engine for the client's node; the server's node is played by the peer."""
+    folder = tmp_path_factory.mktemp("out")
+    with Nodes(folder, {"client": 0, "server": 1}, engines=(True, False)) as nodes:
+        nodes.publish()
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def into(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """An engine for the server's node; the client's node is played by the peer."""
+    folder = tmp_path_factory.mktemp("in")
+    with Nodes(folder, {"client": 0, "server": 1}, engines=(False, True)) as nodes:
+        nodes.publish()
+        yield nodes
+
+
+def retire_tunnels(nodes: Nodes, name: str) -> None:
+    """A record that changed: no tunnel to it is used again."""
+    nodes.apply(nodes.record(nodes[name], canonical_revision=secrets.token_hex(4)))
+
+
+def send_all(client: socket.socket, payload: bytes) -> None:
+    """Sends, then ends this direction."""
+    client.sendall(payload)
+    client.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_engine_as_client(out: Nodes, family: int) -> None:
+    server = out["server"]
+    address = server.address(family)
+    payload = secrets.token_bytes(300_000)
+    with hbone_peer.Server(server.path, address, out.authority.leaf(server.identity)) as peer:
+        client = connect(out["client"].path, address, 8080)
+        with client:
+            sender = threading.Thread(target=send_all, args=(client, payload))
+            sender.start()
+            back = bytearray()
+            while chunk := client.recv(65536):
+                back += chunk
+            sender.join()
+    retire_tunnels(out, "server")
+    assert bytes(back) == payload
+    (request,) = peer.requests
+    assert bytes(request.received) == payload
+    assert request.headers[":method"] == "CONNECT"
+    assert request.headers[":authority"] == (f"[{address}]:8080" if family == 6 else f"{address}:8080")
+    assert request.headers["forwarded"].startswith("for=")
+    assert len(request.headers["traceparent"]) == 55
+    assert "k8s.namespace.name=default" in request.headers["baggage"]
+    assert request.peer == out["client"].address(family)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_server_gets_no_byte(out: Nodes, kind: str) -> None:
+    server = out["server"]
+    with hbone_peer.Server(server.path, server.address(4), bad_leaf(out.authority, kind, server.identity)) as peer:
+        with connect(out["client"].path, server.address(4), 8080) as client, pytest.raises(ConnectionError):
+            client.sendall(b"secret")
+            assert client.recv(1) != b"", "an orderly end"
+            raise AssertionError("answered")
+    assert peer.requests == []
+    retire_tunnels(out, "server")
+
+
+def test_a_refused_connect_is_a_reset(out: Nodes) -> None:
+    server = out["server"]
+    with hbone_peer.Server(server.path, server.address(4), out.authority.leaf(server.identity), status=503) as peer:
+        with connect(out["client"].path, server.address(4), 8080) as client, pytest.raises(ConnectionResetError):
+            client.recv(1)
+    assert len(peer.requests) == 1
+    retire_tunnels(out, "server")
+
+
+def echo(listener: socket.socket, peers: list[str]) -> None:
+    """One connection: what comes goes back, until its end."""
+    accepted, peer = listener.accept()
+    peers.append(peer[0])
+    with accepted:
+        accepted.settimeout(20)
+        while chunk := accepted.recv(65536):
+            accepted.sendall(chunk)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_engine_as_server(into: Nodes, family: int) -> None:
+    client, server = into["client"], into["server"]
+    address = server.address(family)
+    payload = secrets.token_bytes(60_000)
+    peers: list[str] = []
+    with listen(server.path, address, 8080) as listener:
+        thread = threading.Thread(target=echo, args=(listener, peers))
+        thread.start()
+        authority = f"[{address}]:8080" if family == 6 else f"{address}:8080"
+        leaf = into.authority.leaf(client.identity)
+        assert hbone_peer.exchange(client.path, address, leaf, authority, payload) == payload
+        thread.join()
+    assert peers == [client.address(family)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD if kind != "other account"])
+def test_a_bad_client_reaches_nothing(into: Nodes, kind: str) -> None:
+    client, server = into["client"], into["server"]
+    with listen(server.path, server.address(4), 8080) as listener:
+        leaf = bad_leaf(into.authority, kind, client.identity)
+        with pytest.raises(hbone_peer.Refused) as refused:
+            hbone_peer.exchange(client.path, server.address(4), leaf, f"{server.address(4)}:8080", b"secret")
+        assert refused.value.status == 0
+        listener.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+@pytest.mark.parametrize(
+    ("authority", "method", "status"),
+    [
+        ("{other}:8080", "CONNECT", 400),
+        ("127.0.0.1:8080", "CONNECT", 400),
+        ("{server}:15008", "CONNECT", 503),
+        ("{server}:{own}", "CONNECT", 503),
+        ("{server}:0", "CONNECT", 400),
+        ("{server}:99999", "CONNECT", 400),
+        ("nonsense", "CONNECT", 400),
+        ("{server}:8080", "GET", 400),
+        ("{server}:9", "CONNECT", 503),
+    ],
+)
+def test_connects_that_are_refused(into: Nodes, authority: str, method: str, status: int) -> None:
+    client, server = into["client"], into["server"]
+    text = authority.format(other=client.address(4), server=server.address(4), own=server.ports["inbound"])
+    leaf = into.authority.leaf(client.identity)
+    with pytest.raises(hbone_peer.Refused) as refused:
+        hbone_peer.exchange(client.path, server.address(4), leaf, text, b"x", method=method)
+    assert refused.value.status == status
+
+
+def test_forged_headers_change_nothing(into: Nodes) -> None:
+    client, server = into["client"], into["server"]
+    forged = (("forwarded", 'for="192.0.2.7:1"'), ("baggage", "k8s.namespace.name=kube-system"))
+    peers: list[str] = []
+    with listen(server.path, server.address(4), 8080) as listener:
+        thread = threading.Thread(target=echo, args=(listener, peers))
+        thread.start()
+        leaf = into.authority.leaf(client.identity)
+        authority = f"{server.address(4)}:8080"
+        assert hbone_peer.exchange(client.path, server.address(4), leaf, authority, b"x", headers=forged) == b"x"
+        thread.join()
+    assert peers == [client.address(4)]
+
+
+def test_two_pods_of_one_account_never_share_a_tunnel(tmp_path: Path) -> None:
+    places = {"one": 0, "two": 0, "server": 1}
+    with Nodes(tmp_path, places, engines=(True, False), accounts={"one": "same", "two": "same"}) as nodes:
+        nodes.publish()
+        server = nodes["server"]
+        with hbone_peer.Server(server.path, server.address(4), nodes.authority.leaf(server.identity)) as peer:
+            for name in ("one", "two", "one"):
+                with connect(nodes[name].path, server.address(4), 8080) as client:
+                    client.sendall(b"x")
+                    assert client.recv(1) == b"x"
+        assert [request.peer for request in peer.requests] == [nodes[name].address(4) for name in ("one", "two", "one")]
