@@ -95,7 +95,7 @@ def test_the_engine_as_client(out: Nodes, family: int) -> None:
 def test_a_bad_server_gets_no_byte(out: Nodes, kind: str) -> None:
     server = out["server"]
     with hbone_peer.Server(server.path, server.address(4), bad_leaf(out.authority, kind, server.identity)) as peer:
-        with connect(out["client"].path, server.address(4), 8080) as client, pytest.raises(ConnectionError):
+        with pytest.raises(ConnectionError), connect(out["client"].path, server.address(4), 8080) as client:
             client.sendall(b"secret")
             assert client.recv(1) != b"", "an orderly end"
             raise AssertionError("answered")
@@ -106,7 +106,7 @@ def test_a_bad_server_gets_no_byte(out: Nodes, kind: str) -> None:
 def test_a_refused_connect_is_a_reset(out: Nodes) -> None:
     server = out["server"]
     with hbone_peer.Server(server.path, server.address(4), out.authority.leaf(server.identity), status=503) as peer:
-        with connect(out["client"].path, server.address(4), 8080) as client, pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError), connect(out["client"].path, server.address(4), 8080) as client:
             client.recv(1)
     assert len(peer.requests) == 1
     retire_tunnels(out, "server")
