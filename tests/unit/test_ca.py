@@ -124,7 +124,7 @@ def test_what_a_leaf_says() -> None:
 
 def test_serials_differ() -> None:
     ca = authority.new("cluster.local", NOW)
-    serials = {read(ca.leaf(signing_request(), WEB, 60, NOW)[0]).serial_number for _ in range(20)}
+    serials = {read(ca.leaf(signing_request(), WEB, 3600, NOW)[0]).serial_number for _ in range(20)}
     assert len(serials) == 20 and min(serials).bit_length() > 64
 
 
@@ -145,7 +145,7 @@ def test_a_chain_comes_leaf_first_root_last_and_none_outlives_the_authority() ->
 def test_a_bundle_of_roots_is_passed_on_whole() -> None:
     old, new = authority.new("cluster.local", NOW), authority.new("cluster.local", NOW)
     files = new.files() | {"root-cert.pem": new.roots_pem + old.roots_pem}
-    chain = authority.load(files, NOW).leaf(signing_request(), WEB, 60, NOW)
+    chain = authority.load(files, NOW).leaf(signing_request(), WEB, 3600, NOW)
     assert x509.load_pem_x509_certificates(chain[-1].encode()) == [new.certificate, old.certificate]
     assert len(chained(chain)) == 2
 
@@ -154,14 +154,14 @@ def test_files_and_back() -> None:
     for ca in (authority.new("cluster.local", NOW), with_intermediate()):
         again = authority.load(ca.files(), NOW)
         assert again.files() == ca.files()
-        assert chained(again.leaf(signing_request(), WEB, 60, NOW))[-1] == read(ca.roots_pem)
+        assert chained(again.leaf(signing_request(), WEB, 3600, NOW))[-1] == read(ca.roots_pem)
 
 
 def bad_files() -> dict[str, tuple[dict[str, str | None], str]]:
     good, other = authority.new("a", NOW), authority.new("b", NOW)
     ended, ended_key = signed_ca("ended", good.certificate, good.key, NOW - 100, NOW - 1)
     leaf_key = ec.generate_private_key(ec.SECP256R1())
-    leaf = good.leaf(signing_request(leaf_key), WEB, 60, NOW)[0]
+    leaf = good.leaf(signing_request(leaf_key), WEB, 3600, NOW)[0]
     strange = key_pem(ed25519.Ed25519PrivateKey.generate())
     cases: dict[str, tuple[dict[str, str | None], str]] = {
         "": (dict(good.files()), ""),
@@ -229,12 +229,12 @@ def test_keys_that_are_taken() -> None:
     ):
         request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
         text = request.public_bytes(serialization.Encoding.PEM).decode()
-        assert len(chained(authority.new("x", NOW).leaf(text, WEB, 60, NOW))) == 2
+        assert len(chained(authority.new("x", NOW).leaf(text, WEB, 3600, NOW))) == 2
 
 
 def test_the_server_is_who_clients_look_for(tmp_path: Path) -> None:
     ca = authority.new("cluster.local", NOW)
-    key, chain = ca.server(["istiod.istio-system.svc"], ["192.0.2.1"], 60, NOW)
+    key, chain = ca.server(["istiod.istio-system.svc"], ["192.0.2.1"], 3600, NOW)
     (tmp_path / "key").write_bytes(key)
     (tmp_path / "chain").write_bytes(chain)
     served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
