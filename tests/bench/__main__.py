@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +33,8 @@ from tests.harness.netns import inside, run
 PORT = 7100
 METRICS = 15020
 SLEEPERS = 8
+STALLED = 8
+STALLED_SHARE = 0.5
 MEMORY_MIB = 80
 PLACES = (("across", "server"), ("local", "near"))
 
@@ -273,6 +276,31 @@ def collect(plain: Side, mesh: Side, rounds: int, seconds: float) -> list[Result
     return results
 
 
+def stalled(mesh: Side, rounds: int, seconds: float) -> float:
+    """Rate of one bulk connection beside STALLED readers that do not read, as a share of its rate alone (median).
+
+    Raises LoadError when a run had an error, or when the readers were not full in time.
+    """
+    row = next(row for row in ROWS if row.words == ("bulk", "1"))
+    stall = ["nsenter", f"--net={mesh.client}", "--", str(build()), "stall", str(STALLED), mesh.addresses["server"]]
+    shares = []
+    for _ in range(rounds):
+        alone = mesh.case(row, "across", "server", seconds)
+        process = subprocess.Popen([*stall, str(PORT), str(seconds + 30)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != "full\n":
+                raise LoadError("readers that do not read: their connections did not fill up")
+            beside = mesh.case(row, "across", "server", seconds)
+            if process.poll() is not None:
+                raise LoadError("readers that do not read: their connections ended")
+        finally:
+            process.kill()
+            process.wait()
+        shares.append(beside.rate / alone.rate)
+    return statistics.median(shares)
+
+
 def main() -> int:
     """Returns the status: 1 when a case was aborted or a target missed (a quick run misses none: it judges nothing)."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
@@ -289,12 +317,20 @@ def main() -> int:
         idle = mesh.memory_mib()
         results = collect(plain, mesh, rounds, seconds)
         loaded = mesh.memory_mib()
+        beside, broken = 0.0, ""
+        try:
+            beside = stalled(mesh, rounds, seconds)
+        except LoadError as error:
+            broken = str(error)
     print(
         f"{'':7}{'':36}{'no mesh':>9} {'mesh':>9} {'':5}{'share':>6}{'least':>7}{'p50 x':>7}{'most':>7}"
         f"{'CPU none':>10}{'CPU mesh':>10}"
     )
     for result in results:
         print(result.line())
+    print(
+        f"bulk beside {STALLED} readers that do not read: {broken or f'{beside:.2f} of alone'} (least {STALLED_SHARE})"
+    )
     total = idle["agent"] + idle["engine"]
     print(
         f"memory of node1 with {SLEEPERS + 2} pods: agent {idle['agent']:.1f} MiB, engine {idle['engine']:.1f} MiB, "
@@ -303,6 +339,8 @@ def main() -> int:
     missed = [text for result in results for text in result.missed()]
     if total > MEMORY_MIB:
         missed.append(f"agent and engine together have {total:.1f} MiB, not {MEMORY_MIB}")
+    if beside < STALLED_SHARE and not broken:
+        missed.append(f"bulk beside readers that do not read: {beside:.2f} of alone, not {STALLED_SHARE}")
     aborted = [result for result in results if result.aborted]
     options.json.parent.mkdir(parents=True, exist_ok=True)
     report = {
@@ -311,16 +349,17 @@ def main() -> int:
         "rounds": rounds,
         "seconds": seconds,
         "memory_mib": {"idle": idle, "after": loaded, "target": MEMORY_MIB},
+        "beside_stalled": {"share": round(beside, 3), "target": STALLED_SHARE, "aborted": broken},
         "missed": missed,
         "rows": [result.record() for result in results],
     }
     options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(f"figures: {options.json}")
-    if aborted:
-        print(f"{len(aborted)} cases were aborted", file=sys.stderr)
+    if aborted or broken:
+        print(f"{len(aborted) + bool(broken)} cases were aborted", file=sys.stderr)
     if missed and not options.quick:
         print("missed: " + "; ".join(missed), file=sys.stderr)
-    return 1 if aborted or (missed and not options.quick) else 0
+    return 1 if aborted or broken or (missed and not options.quick) else 0
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@
  *   load rr SIZE CONNS ADDRESS PORT SECONDS          round trips of SIZE bytes, one at a time on each connection
  *   load crr CONNS ADDRESS PORT SECONDS              connect, one round trip of 64 bytes, close; CONNS at a time
  *   load bulk CONNS ADDRESS PORT SECONDS             one direction, as fast as it goes
+ *   load stall CONNS ADDRESS PORT SECONDS            sends to readers that do not read; says "full" when all is full
  *
- * A connection begins with eight bytes: the mode ('r' or 'b') and the size of a message. In mode r every message comes
- * back as it was sent, and is compared. In mode b the server counts until the end of the stream and answers with the
- * count, which must be what was sent: bytes that a buffer swallowed are no result.
+ * A connection begins with eight bytes: the mode ('r', 'b' or 's') and the size of a message. In mode r every message
+ * comes back as it was sent, and is compared. In mode b the server counts until the end of the stream and answers with
+ * the count, which must be what was sent: bytes that a buffer swallowed are no result. In mode s it reads no more.
  *
  * A client works for a warm-up of a tenth of the time (at most 0.5 s) and then for SECONDS, which alone are reported,
  * but for `total_*`, which go with CPU times taken around the whole run. Then it lets every connection finish its work.
@@ -36,6 +37,7 @@
 #define MAX_FD 4096
 #define CHUNK (256 << 10)
 #define GRACE_NS 10000000000ull
+#define FULL_NS 500000000ull
 #define STEPS 64
 
 enum state { FREE, CONNECTING, WORKING, ENDING };
@@ -114,6 +116,8 @@ static void serve(int fd)
         struct conn *c = &conns[fd];
         for (;;) {
                 ssize_t n;
+                if (c->mode == 's')
+                        return; /* for ever, until the client is gone */
                 if (c->size && c->got == c->size && (!give_back(fd, c) || c->got))
                         return; /* gone, or: writable comes as an event */
                 if (c->head_len < sizeof(c->head))
@@ -141,7 +145,7 @@ static void serve(int fd)
                         memcpy(&size, c->head + 4, 4);
                         c->mode = (char)c->head[0];
                         c->size = ntohl(size);
-                        if ((c->mode != 'r' && c->mode != 'b') || c->size == 0 || c->size > CHUNK ||
+                        if ((c->mode != 'r' && c->mode != 'b' && c->mode != 's') || c->size == 0 || c->size > CHUNK ||
                             !(c->message = malloc(c->size))) {
                                 leave(fd, NULL, 0);
                                 return;
@@ -197,11 +201,13 @@ static int server(uint16_t port, uint64_t until)
 /* -- client ------------------------------------------------------------------------------------------------------- */
 
 static struct {
-        enum { RR, CRR, BULK } kind;
+        enum { RR, CRR, BULK, STALL } kind;
         uint32_t size;
         struct sockaddr_storage to;
         socklen_t to_len;
         uint64_t from_ns, until_ns; /* what is reported */
+        uint64_t progress_ns;
+        bool full;
         unsigned working;
 } job;
 
@@ -267,9 +273,10 @@ static bool push(int fd, struct conn *c)
                         return false;
                 }
                 c->put += (uint32_t)n;
-                if (job.kind != BULK)
+                if (job.kind < BULK)
                         continue;
                 uint64_t t = now_ns();
+                job.progress_ns = t;
                 c->bytes += (uint64_t)n;
                 count(t, 0, (uint64_t)n);
                 c->put %= c->size;
@@ -299,7 +306,7 @@ static bool start(int fd, struct conn *c)
                 fail(fd, "connect", error);
                 return false;
         }
-        uint8_t head[8 + 64] = {job.kind == BULK ? 'b' : 'r'};
+        uint8_t head[8 + 64] = {job.kind == BULK ? 'b' : job.kind == STALL ? 's' : 'r'};
         uint32_t size = htonl(job.size);
         memcpy(head + 4, &size, 4);
         memcpy(head + 8, pattern, 64);
@@ -357,7 +364,7 @@ static void client_event(int fd, uint32_t events)
                         job.working--;
                         return;
                 }
-                ssize_t n = recv(fd, chunk, c->size - c->got, 0);
+                ssize_t n = recv(fd, chunk, job.kind == STALL ? 1 : c->size - c->got, 0);
                 if (n < 0 && errno == EAGAIN)
                         return;
                 if (n <= 0) {
@@ -388,9 +395,17 @@ static int client(unsigned n, double seconds)
                 for (int i = 0; i < ready; i++)
                         if (conns[events[i].data.fd].state != FREE)
                                 client_event(events[i].data.fd, events[i].events);
+                uint64_t t = now_ns();
+                if (job.kind == STALL && !job.full && job.progress_ns && t - job.progress_ns > FULL_NS) {
+                        job.full = true;
+                        printf("full\n");
+                        fflush(stdout);
+                }
+                if (job.kind == STALL && t >= job.until_ns)
+                        break;
         }
         uint64_t ended = now_ns();
-        if (job.working > 0) {
+        if (job.working > 0 && job.kind != STALL) {
                 result.errors += job.working;
                 snprintf(result.why, sizeof(result.why), "%u connections did not end", job.working);
         }
@@ -438,12 +453,12 @@ int main(int argc, char **argv)
         } else if (strcmp(mode, "crr") == 0 && argc == 6) {
                 job.kind = CRR;
                 job.size = 64;
-        } else if (strcmp(mode, "bulk") == 0 && argc == 6) {
-                job.kind = BULK;
+        } else if ((strcmp(mode, "bulk") == 0 || strcmp(mode, "stall") == 0) && argc == 6) {
+                job.kind = mode[0] == 'b' ? BULK : STALL;
                 job.size = 128 << 10;
         } else {
                 fprintf(stderr, "load serve PORT [SECONDS] | rr SIZE CONNS ADDRESS PORT SECONDS | "
-                                "crr|bulk CONNS ADDRESS PORT SECONDS\n");
+                                "crr|bulk|stall CONNS ADDRESS PORT SECONDS\n");
                 return 2;
         }
         address(argv[3], argv[4]);
