@@ -150,10 +150,14 @@ def listen(path: str, address: str, port: int, *, backlog: int = 128) -> socket.
 
     def make() -> socket.socket:
         made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((address, port))
-        made.listen(backlog)
-        made.settimeout(20)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind((address, port))
+            made.listen(backlog)
+            made.settimeout(20)
+        except OSError:
+            made.close()
+            raise
         return made
 
     return inside(path, make)

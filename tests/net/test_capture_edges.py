@@ -64,12 +64,12 @@ def test_syn_cookies_of_the_application(strict: StandIn, capture: Capture, link:
 
 
 def test_a_small_backlog(strict: StandIn, capture: Capture, link: Pair) -> None:
-    """Sixty connects at once to an application with a backlog of one: all are served, as without the mesh."""
+    """Twenty connects at once to an application with a backlog of one: all are served, as without the mesh."""
     application = listen(link.pod_path, link.pod4, 8080, backlog=1)
     served: list[str] = []
 
     def serve() -> None:
-        while len(served) < 60:
+        while len(served) < 20:
             accepted, _ = application.accept()
             with accepted:
                 served.append(accepted.recv(100).decode())
@@ -85,16 +85,16 @@ def test_a_small_backlog(strict: StandIn, capture: Capture, link: Pair) -> None:
         except OSError as err:
             failed.append(err)
 
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(60)]
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(20)]
     server = threading.Thread(target=serve, daemon=True)
     for thread in (server, *threads):
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     assert failed == []
     server.join(20)
     application.close()
-    assert sorted(map(int, served)) == list(range(60))
+    assert sorted(map(int, served)) == list(range(20))
     assert capture.counters()["to_inbound"] == 0
 
 
