@@ -121,6 +121,8 @@ static int listener_open(struct pod *p, enum role role, uint16_t port)
                 linger_reset(fd);
         else
                 set_int(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 20000);
+        /* Inherited: an accepted socket sits on the port that was called, and must not keep the application from it. */
+        set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1);
         if ((result = transparent(fd, family)) < 0 || (result = set_int(fd, SOL_SOCKET, SO_REUSEPORT, 1)) < 0 ||
             (result = mark_ours(p, fd)) < 0)
                 goto fail;

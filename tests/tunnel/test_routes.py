@@ -65,6 +65,20 @@ def test_plaintext_from_outside_keeps_its_address(nodes: Nodes, family: int) -> 
     assert 'reporter="destination",source_workload="unknown"' in engine.metrics()
 
 
+def test_the_applications_port_stays_free(nodes: Nodes) -> None:
+    """A server that starts anew gets its port while connections of before are still open in the engine."""
+    pod = nodes["server"]
+    kept = []
+    for _ in range(2):
+        with listen(pod.path, pod.address(), PORT) as listener:
+            client = connect(f"/run/netns/{nodes.router}", pod.address(), PORT)
+            kept += [client, listener.accept()[0]]
+    with listen(nodes["client"].path, "0.0.0.0", PORT):  # the port of a destination that it is connected to
+        pass
+    for each in kept:
+        each.close()
+
+
 def service(vips: list[str], **ports: int) -> pb.Address:
     """Service `shop`, port 80 to PORT."""
     made = pb.Service(name="shop", namespace="default", hostname=HOST)
