@@ -29,9 +29,11 @@
 #include "rbac.h"
 
 #define TURN_BYTES (1 << 20)
-#define STREAM_QUEUE (8 * FRAME_PAYLOAD) /* read ahead of a stream that cannot be written: whole frames */
-#define FRONT 16                         /* before a queue's first byte: room for a frame's header */
+#define STREAM_QUEUE (16 * FRAME_PAYLOAD) /* read ahead of a stream that cannot be written: whole frames */
+#define FRONT 16                          /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
+
+_Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into the scratch buffer");
 
 /* -- making and ending -------------------------------------------------------------------------------------------- */
 
