@@ -57,26 +57,22 @@ static int mark_ours(const struct pod *p, int fd)
         return p->engine_sk < 0 ? 0 : map_update(p->engine_sk, &fd, &one);
 }
 
-static int own_netns(void)
-{
-        static _Thread_local int fd = -1;
-        if (fd < 0)
-                fd = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
-        return fd;
-}
+/* The namespace that every thread of the engine is at home in. */
+static int home = -1;
 
 int netns_remember(void)
 {
-        return own_netns() < 0 ? -errno : 0;
+        if (home < 0)
+                home = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+        return home < 0 ? -errno : 0;
 }
 
 static int socket_inside(const struct pod *p, int family)
 {
-        int back = own_netns();
-        if (back < 0 || setns(p->netns, CLONE_NEWNET) < 0)
+        if (setns(p->netns, CLONE_NEWNET) < 0)
                 return -errno;
         int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), error = errno;
-        if (setns(back, CLONE_NEWNET) < 0) {
+        if (setns(home, CLONE_NEWNET) < 0) {
                 fprintf(stderr, "engine: cannot leave a pod's network namespace: %s\n", strerror(errno));
                 abort();
         }

@@ -162,8 +162,6 @@ static void *loop_run(void *arg)
 {
         struct worker *w = arg;
         struct epoll_event events[256];
-        if (netns_remember() < 0)
-                abort(); /* a worker that cannot come back from a pod's namespace */
         while (!w->stop) {
                 int n = epoll_wait(w->epoll, events, 256, patience(w));
                 w->now_ms = clock_ms();

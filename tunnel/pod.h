@@ -43,7 +43,7 @@ struct pod {
         struct tuple **tuples;
 };
 
-/* Each thread opens its own namespace once, when it starts: nothing has to be opened when a pod's socket is made. */
+/* To be called once, before the first worker: the way back from the pods' namespaces. */
 int netns_remember(void);
 
 struct pod *pod_ref(struct pod *p);
