@@ -188,10 +188,20 @@ def test_refused_commands(engine: EngineProcess, kind: int, body: dict[str, obje
         assert client.greet()["ok"]  # the same connection goes on
 
 
+def settled_fds(engine: EngineProcess) -> int:
+    """How many descriptors the engine has, once two looks agree: it may still be closing what was closed."""
+    folder, last, end = f"/proc/{engine.process.pid}/fd", -1, time.monotonic() + DEADLINE_S
+    while (now := len(os.listdir(folder))) != last:
+        assert time.monotonic() < end
+        last = now
+        time.sleep(0.05)
+    return now
+
+
 def test_too_many_or_foreign_fds(engine: EngineProcess) -> None:
     with engine.client() as client:
         client.call(channel.POD_DEL, {"uid": "nobody"})  # by then it has closed what came with the reply to HELLO
-        before = os.listdir(f"/proc/{engine.process.pid}/fd")
+        before = settled_fds(engine)
         with pytest.raises(CallError, match="takes 0 file descriptors"):
             client.call(channel.METRICS, {}, [0] * 16)
         with pytest.raises(CallError, match=r"batch|apply"):
@@ -201,7 +211,7 @@ def test_too_many_or_foreign_fds(engine: EngineProcess) -> None:
         assert client.receive() is None
     with engine.client() as client:
         client.call(channel.POD_DEL, {"uid": "nobody"})
-        assert os.listdir(f"/proc/{engine.process.pid}/fd") == before
+        assert settled_fds(engine) == before
 
 
 def test_batches_that_are_not_sealed_or_broken(engine: EngineProcess) -> None:

@@ -530,6 +530,9 @@ def run(args: argparse.Namespace) -> int:
             "sidestep engine: must run as root: it opens sockets inside the pods' network namespaces", file=sys.stderr
         )
         return 1
+    # Whoever can connect can also stop it: a signal waits until the loop has its handlers.
+    signals = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         _harden()
         listener = endpoint.listen(args.socket)
@@ -539,7 +542,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"sidestep engine: {err}", file=sys.stderr)
         return 1
     try:
-        Server(host, listener).run()
+        server = Server(host, listener)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        server.run()
     finally:
         with contextlib.suppress(OSError):
             if os.stat(args.socket).st_ino == mine:
