@@ -129,6 +129,15 @@ static void log_end(struct flow *f, enum event_flag flag, const char *why)
                   extra);
 }
 
+void flow_count(struct flow *f)
+{
+        for (int i = 0; i < 2; i++)
+                if (f->set[i])
+                        event_bytes(f->set[i], f->sent - f->told_sent, f->received - f->told_received);
+        f->told_sent = f->sent;
+        f->told_received = f->received;
+}
+
 static void flow_end(struct flow *f, enum event_flag flag, const char *why)
 {
         struct worker *w = f->w;
@@ -148,9 +157,9 @@ static void flow_end(struct flow *f, enum event_flag flag, const char *why)
         log_end(f, flag, why);
         f->state = FLOW_DEAD;
         timer_stop(&f->timer);
+        flow_count(f);
         for (int i = 0; i < 2; i++)
                 if (f->set[i]) {
-                        event_bytes(f->set[i], f->sent, f->received);
                         event_close(w->ev, f->set[i], flag, w->now_ms);
                         f->set[i] = NULL;
                 }

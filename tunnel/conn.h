@@ -53,6 +53,7 @@ struct flow {
         struct link seat, ready, wait, member, dead; /* member: of its tunnel */
         struct timer timer;
         uint64_t opened_ms, last_ms, sent, received; /* a to b, b to a */
+        uint64_t told_sent, told_received;           /* of these, what the counters have */
         struct event_set *set[2];                    /* source's, destination's view */
         const char *why;
 };
@@ -73,6 +74,8 @@ void flow_event(struct side *s);
 void flow_run(struct flow *f);
 void flow_ready(struct flow *f);
 void flow_expired(struct flow *f);
+/* Brings the counters up to date: a scrape shows connections that are still open. */
+void flow_count(struct flow *f);
 /* Ends it at once: sockets with RST, streams with RST_STREAM. why: static. */
 void flow_reset(struct flow *f, enum event_flag flag, const char *why);
 

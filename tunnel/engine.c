@@ -447,9 +447,21 @@ void tunnel_counts(struct tunnel *t, struct tunnel_counts *out)
         *out = (struct tunnel_counts){counts.workloads, counts.services, counts.policies};
 }
 
+static void mail_count(struct worker *w, void *arg)
+{
+        (void)arg;
+        for (int i = 0; i < LOOP_HASH; i++)
+                for (struct link *s = w->seats[i].next; s != &w->seats[i]; s = s->next) {
+                        struct seat *seat = container(s, struct seat, link);
+                        for (struct link *l = seat->flows.next; l != &seat->flows; l = l->next)
+                                flow_count(container(l, struct flow, seat));
+                }
+}
+
 int tunnel_metrics(struct tunnel *t, int fd)
 {
-        return event_metrics(t->event, fd);
+        int result = loop_all(t, mail_count, NULL);
+        return result < 0 ? result : event_metrics(t->event, fd);
 }
 
 const char *tunnel_openssl_version(void)

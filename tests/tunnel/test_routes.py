@@ -65,6 +65,28 @@ def test_plaintext_from_outside_keeps_its_address(nodes: Nodes, family: int) -> 
     assert 'reporter="destination",source_workload="unknown"' in engine.metrics()
 
 
+def received_bytes(metrics: str) -> int:
+    """Of all label sets, at the source."""
+    lines = [
+        line for line in metrics.splitlines() if line.startswith('istio_tcp_received_bytes_total{reporter="source"')
+    ]
+    return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines)
+
+
+def test_an_open_connection_is_counted(nodes: Nodes) -> None:
+    pod, engine = nodes["server"], nodes.clients[0]
+    assert engine is not None
+    before = received_bytes(engine.metrics())
+    with listen(pod.path, pod.address(), PORT) as listener:
+        with connect(nodes["client"].path, pod.address(), PORT) as client:
+            accepted, _ = listener.accept()
+            with accepted:
+                client.sendall(b"x" * 1234)
+                while len(accepted.recv(2000, socket.MSG_PEEK)) < 1234:
+                    pass
+                assert received_bytes(engine.metrics()) == before + 1234
+
+
 def test_the_applications_port_stays_free(nodes: Nodes) -> None:
     """A server that starts anew gets its port while connections of before are still open in the engine."""
     pod = nodes["server"]
