@@ -92,7 +92,7 @@ class Nodes:
                 pod=f"t-{name}-{os.getpid()}-{serial}",
                 outside=self.router,
                 pod4=f"10.{160 + number}.{low}.2",
-                pod6=f"fd16:{number:x}:{low:x}::2",
+                pod6=f"fd16:{0x1000 + number:x}:{0x1000 + low:x}::2",
                 far4="",
                 far6="",
             )

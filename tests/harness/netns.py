@@ -102,9 +102,9 @@ def pair(families: str = "46") -> Iterator[Pair]:
         pod=f"t-pod-{os.getpid()}-{n}",
         outside=f"t-out-{os.getpid()}-{n}",
         pod4=f"10.{200 + n % 40}.{b}.2" if "4" in families else "",
-        pod6=f"fd{a:02x}:{b:02x}{n % 256:02x}::2" if "6" in families else "",
+        pod6=f"fd{a:02x}:{0x1000 + b:x}:{0x1000 + n:x}::2" if "6" in families else "",
         far4=f"10.{200 + n % 40}.{b}.129" if "4" in families else "",
-        far6=f"fd{a:02x}:{b:02x}{n % 256:02x}:1::9" if "6" in families else "",
+        far6=f"fd{a:02x}:{0x1000 + b:x}:{0x1000 + n:x}:1::9" if "6" in families else "",
     )
     try:
         for name in (names.pod, names.outside):

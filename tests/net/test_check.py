@@ -1,0 +1,154 @@
+"""What a machine lacks is said in one line, before anything is touched: `sidestep check` and the agent."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SIDESTEP = [sys.executable, "-m", "sidestep"]
+
+# Answers EINVAL to bpf(BPF_PROG_LOAD) of one program type. A filter cannot read the attributes, which are behind a
+# pointer: bpf(2) goes through a user notification, and the launcher looks at the type itself.
+LAUNCHER = """
+import ctypes, os, struct, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+NR_BPF, NR_SECCOMP = 321, 317
+class Filter(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint)]
+class Program(ctypes.Structure):
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.POINTER(Filter))]
+def install():
+    codes = ((0x20, 0, 0, 0), (0x15, 0, 1, NR_BPF), (0x06, 0, 0, 0x7fc00000), (0x06, 0, 0, 0x7fff0000))
+    lines = (Filter * 4)(*(Filter(*code) for code in codes))
+    libc.prctl(38, 1, 0, 0, 0)
+    fd = libc.syscall(NR_SECCOMP, 1, 8, ctypes.byref(Program(4, lines)))
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    return fd
+REFUSED = int(sys.argv[1])
+here, there = __import__("socket").socketpair()
+import array, socket
+pid = os.fork()
+if pid == 0:
+    fd = install()
+    there.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+    os.close(fd)
+    os.execv(sys.argv[2], sys.argv[2:])
+_, anc, _, _ = here.recvmsg(1, 64)
+listener = array.array("i", anc[0][2])[0]
+def supervise():
+    import fcntl, select
+    while True:
+        note = bytearray(80)
+        try: fcntl.ioctl(listener, 0xc0502100, note)
+        except OSError: return
+        ident, who = struct.unpack_from("<QI", note)
+        number, _, _, command, attributes, size = struct.unpack_from("<iIQQQQ", note, 16)
+        refuse = False
+        if command == 5:
+            with open(f"/proc/{who}/mem", "rb", 0) as memory:
+                memory.seek(attributes)
+                refuse = struct.unpack("<I", memory.read(4))[0] == REFUSED
+        answer = bytearray(struct.pack("<QqiI", ident, 0, -22 if refuse else 0, 0 if refuse else 1))
+        try: fcntl.ioctl(listener, 0xc0182101, answer)
+        except OSError: pass
+threading.Thread(target=supervise, daemon=True).start()
+_, status = os.waitpid(pid, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+SCHED_CLS, SK_LOOKUP, TRACING = 3, 30, 26
+
+
+def findings(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Name of each requirement, and its level."""
+    assert done.stdout, done.stderr
+    return {item["name"]: item["level"] for item in json.loads(done.stdout)}
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+
+
+def test_this_machine_will_do() -> None:
+    done = run(*SIDESTEP, "check", "--json")
+    assert [name for name, level in findings(done).items() if level == "fail"] == []
+    assert done.returncode == 0
+    assert "ok" in run(*SIDESTEP, "check").stdout
+
+
+@pytest.mark.parametrize("kind", [SCHED_CLS, SK_LOOKUP, TRACING])
+def test_a_kernel_without_a_program_type(kind: int) -> None:
+    done = run(sys.executable, "-c", LAUNCHER, str(kind), *SIDESTEP, "check", "--json")
+    failed = [name for name, level in findings(done).items() if level == "fail"]
+    assert done.returncode == 1
+    assert failed
+    assert all(name.startswith("BPF") for name in failed)
+    text = run(sys.executable, "-c", LAUNCHER, str(kind), *SIDESTEP, "check").stdout
+    assert any(line.startswith("FAIL") and "Invalid argument" in line for line in text.splitlines()), text
+
+
+def test_without_bpffs() -> None:
+    done = run("unshare", "-m", "sh", "-c", 'umount -l /sys/fs/bpf && exec "$@"', "sh", *SIDESTEP, "check", "--json")
+    assert findings(done)["bpffs"] == "fail"
+    assert done.returncode == 1
+
+
+def test_without_a_capability() -> None:
+    done = run("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", "--", *SIDESTEP, "check", "--json")
+    assert findings(done)["privileges"] == "fail"
+    assert done.returncode == 1
+
+
+def test_without_root() -> None:
+    done = run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", *SIDESTEP, "check", "--json")
+    assert findings(done)["privileges"] == "fail"
+    assert done.returncode == 1
+
+
+def test_without_tools() -> None:
+    done = run(*SIDESTEP, "check", "--json", env={"PATH": "/nowhere", "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode in (0, 1)
+    assert "lab tools" in findings(done)
+
+
+def agent(tmp_path: Path, *more: str) -> list[str]:
+    """An agent's command line that is right but for what the test changes."""
+    kubeconfig = tmp_path / "kubeconfig"
+    user = {"name": "x", "user": {"token": "t"}}
+    cluster = {"name": "x", "cluster": {"server": "https://127.0.0.1:1"}}
+    context = {"name": "x", "context": {"user": "x", "cluster": "x"}}
+    kubeconfig.write_text(json.dumps({"users": [user], "clusters": [cluster], "contexts": [context]}))
+    return [
+        *SIDESTEP, "agent", "--node", "n", "--node-ip", "127.0.0.1", "--engine-socket", str(tmp_path / "engine.sock"),
+        "--run-dir", str(tmp_path / "run"), "--kubeconfig", str(kubeconfig),
+        "--state-file", str(tmp_path / "state.yaml"), *more,
+    ]  # fmt: skip
+
+
+def test_the_agent_without_bpffs(tmp_path: Path) -> None:
+    done = run(*agent(tmp_path, "--bpf-dir", str(tmp_path / "bpf")))
+    assert done.returncode == 1
+    assert "bpffs" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_agent_with_a_port_taken(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 15021))
+        taken.listen()
+        done = run(*agent(tmp_path, "--bpf-dir", "/sys/fs/bpf/t-check"))
+    assert done.returncode == 1
+    assert "15021" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_the_agent_without_root(tmp_path: Path) -> None:
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
+    done = run(*nobody, *agent(tmp_path, "--bpf-dir", "/sys/fs/bpf/t-check"))
+    assert done.returncode == 1
+    assert "root" in done.stderr
+    assert "Traceback" not in done.stderr
