@@ -111,7 +111,7 @@ class Bridge:
 
     def __init__(self, name: str) -> None:
         self._name = f"t-{name}-{os.getpid()}"
-        self._net = os.getpid() % 250
+        self._net = 1 + os.getpid() % 250
         self._made: list[str] = []
 
     def __enter__(self) -> "Bridge":
