@@ -270,6 +270,15 @@ static int on_data(nghttp2_session *h2, uint8_t flags, int32_t id, const uint8_t
         return 0;
 }
 
+/* No stream is left. A server waits longer than any client, whose CONNECT could meet its close. */
+static void rest(struct tun *t)
+{
+        if (t->no_new && !t->server)
+                nghttp2_session_terminate_session(t->h2, NGHTTP2_NO_ERROR);
+        timer_set(t->w, &t->timer, TIMER_TUN, t->no_new ? TIMER_10S : t->server ? TIMER_1H : TIMER_5MIN);
+        tun_mark_dirty(t);
+}
+
 static int on_close(nghttp2_session *h2, int32_t id, uint32_t code, void *arg)
 {
         struct tun *t = arg;
@@ -286,12 +295,8 @@ static int on_close(nghttp2_session *h2, int32_t id, uint32_t code, void *arg)
                 t->early_resets--;
         flow_stream_side(f)->kind = SIDE_NONE; /* the stream's number means nothing any more */
         flow_stream_closed(f, code);
-        if (t->nstreams == 0 && t->nwaiting == 0) {
-                if (t->no_new)
-                        nghttp2_session_terminate_session(h2, NGHTTP2_NO_ERROR);
-                timer_set(t->w, &t->timer, TIMER_TUN, TIMER_5MIN);
-                tun_mark_dirty(t);
-        }
+        if (t->nstreams == 0 && t->nwaiting == 0)
+                rest(t);
         return t->early_resets > EARLY_RESETS ? NGHTTP2_ERR_CALLBACK_FAILURE : 0;
 }
 
@@ -452,11 +457,14 @@ void tun_retire(struct tun *t)
         link_remove(&t->pool);
         if (t->state != TUN_OPEN)
                 return;
-        if (t->server) /* the client learns; streams that run may finish */
-                nghttp2_submit_goaway(t->h2, NGHTTP2_FLAG_NONE, nghttp2_session_get_last_proc_stream_id(t->h2),
-                                      NGHTTP2_NO_ERROR, NULL, 0);
-        else if (t->nstreams == 0)
+        if (t->server) {
+                /* A notice, not yet the end (RFC 9113 6.8): a CONNECT that is on its way is still served. */
+                nghttp2_submit_shutdown_notice(t->h2);
+                if (t->nstreams == 0)
+                        rest(t);
+        } else if (t->nstreams == 0) {
                 nghttp2_session_terminate_session(t->h2, NGHTTP2_NO_ERROR);
+        }
         tun_mark_dirty(t);
 }
 
@@ -557,7 +565,10 @@ static void tun_opened(struct tun *t)
                 return;
         }
         t->state = TUN_OPEN;
-        timer_set(t->w, &t->timer, TIMER_TUN, TIMER_5MIN);
+        if (t->no_new && t->server)
+                nghttp2_submit_shutdown_notice(t->h2); /* retired while it came up */
+        if (link_alone(&t->waiting))
+                rest(t);
         timer_set(t->w, &t->ping, TIMER_PING, TIMER_10S);
         tun_mark_dirty(t);
         while (!link_alone(&t->waiting)) {
@@ -808,9 +819,7 @@ void tun_forget(struct side *s)
         link_remove(&f->member);
         s->tun->nstreams--;
         if (s->tun->nstreams == 0 && s->tun->nwaiting == 0 && s->tun->state == TUN_OPEN)
-                timer_set(s->tun->w, &s->tun->timer, TIMER_TUN, TIMER_5MIN);
-        if (s->tun->nstreams == 0 && s->tun->no_new && s->tun->state == TUN_OPEN)
-                nghttp2_session_terminate_session(s->tun->h2, NGHTTP2_NO_ERROR);
+                rest(s->tun);
         tun_mark_dirty(s->tun);
         s->kind = SIDE_NONE;
 }

@@ -1,6 +1,7 @@
 """Where a connection goes, who it seems to come from, and what is refused: two engines, real sockets, both families."""
 
 import ipaddress
+import json
 import secrets
 import socket
 import subprocess
@@ -299,3 +300,32 @@ def test_thirty_thousand_connections_to_one_port(nodes: Nodes) -> None:
     finally:
         serving.kill()
         serving.wait()
+
+
+def test_new_certificates_under_load_lose_nothing(tmp_path: Path) -> None:
+    """Each renewal retires the tunnels; a CONNECT that is on its way is still served."""
+    with Nodes(tmp_path, {"client": 0, "server": 1}, workers=2) as nodes:
+        nodes.publish()
+        server, path = nodes["server"], nodes["client"].path
+        run("nsenter", f"--net={path}", "sysctl", "-qw", "net.ipv4.tcp_tw_reuse=1")
+        customers = str(build_customers())
+        serving = inside(server.path, lambda: subprocess.Popen([customers, "serve", "7000"]))
+        try:
+            deadline = time.monotonic() + 20
+            while "7000" not in run("nsenter", f"--net={server.path}", "ss", "-Hltn"):
+                assert time.monotonic() < deadline
+            command = [customers, "buy", server.address(), "7000", "400", "20"]
+            buying = inside(path, lambda: subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            for pod in [nodes["client"], server] * 10:
+                nodes.certify(pod, nodes.authority.leaf(pod.identity))
+                assert buying.stdout is not None
+                buying.stdout.readline()  # half a second of requests
+            buying.terminate()
+            output, _ = buying.communicate(timeout=30)
+        finally:
+            serving.kill()
+            serving.wait()
+        last = json.loads(output.strip().splitlines()[-1])
+        print(last)
+        assert last["requests"] > 1000
+        assert last["failed"] == 0, last
