@@ -968,8 +968,39 @@ void flow_tunnel_lost(struct flow *f, enum event_flag flag, const char *why)
         flow_reset(f, flag, why);
 }
 
+/* Once more by another tunnel: the peer has not processed the request (RFC 9113 8.7), and no byte was read for it. */
+static bool retry(struct flow *f)
+{
+        struct identity *i;
+        struct route r;
+        const struct workload *own = complete(f->w, f->pod, &i);
+        if (f->way != WAY_OUTBOUND || f->state != FLOW_ASKED || f->retried || !own)
+                return false;
+        view_route(f->w->view, own, &f->dst, loop_random(f->w), &r);
+        if (r.kind != ROUTE_HBONE || f->a.io.fd < 0)
+                return false;
+        char authority[ENDPOINT_STRLEN];
+        char *text = strdup(endpoint_format(&r.target, authority));
+        if (!text)
+                return false;
+        free(f->authority);
+        f->authority = text;
+        f->hop = r.next_hop;
+        f->retried = true;
+        f->unsent = false;
+        f->b.kind = SIDE_NONE;
+        f->state = FLOW_WAITING;
+        timer_set(f->w, &f->timer, TIMER_FLOW, TIMER_20S);
+        int result = pool_open(f, &r, i);
+        if (result < 0 && f->state != FLOW_DEAD)
+                flow_reset(f, FLAG_CONNECT, strerror(-result));
+        return true;
+}
+
 void flow_stream_closed(struct flow *f, uint32_t code)
 {
+        if ((f->unsent || code == NGHTTP2_REFUSED_STREAM) && retry(f))
+                return;
         struct side *stream = flow_stream_side(f), *other = flow_other(f, stream);
         if (code != NGHTTP2_NO_ERROR || !stream->ended) {
                 flow_reset(f, FLAG_CONNECT,

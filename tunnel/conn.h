@@ -44,7 +44,8 @@ struct flow {
         enum flow_state state;
         enum flow_way way;
         bool by_hbone, local, tuple_src, tuple_own;
-        struct side a, b; /* a opened it */
+        bool unsent, retried; /* the request never left, or was refused unseen; it was given to another tunnel */
+        struct side a, b;     /* a opened it */
         struct endpoint src, dst, hop;
         struct endpoint own; /* bound source of b towards an application */
         char *authority, *service_host, *service_name, *service_namespace;

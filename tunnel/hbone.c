@@ -300,6 +300,16 @@ static int on_close(nghttp2_session *h2, int32_t id, uint32_t code, void *arg)
         return t->early_resets > EARLY_RESETS ? NGHTTP2_ERR_CALLBACK_FAILURE : 0;
 }
 
+/* A GOAWAY came between the request and its HEADERS: the peer has not seen it. */
+static int on_not_sent(nghttp2_session *h2, const nghttp2_frame *frame, int error, void *arg)
+{
+        struct flow *f = frame->hd.type == NGHTTP2_HEADERS ? flow_of(h2, frame->hd.stream_id) : NULL;
+        (void)error, (void)arg;
+        if (f)
+                f->unsent = true;
+        return 0;
+}
+
 static int start_h2(struct tun *t)
 {
         static const nghttp2_settings_entry common[] = {
@@ -321,6 +331,7 @@ static int start_h2(struct tun *t)
         nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, on_frame);
         nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, on_data);
         nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, on_close);
+        nghttp2_session_callbacks_set_on_frame_not_send_callback(callbacks, on_not_sent);
         nghttp2_session_callbacks_set_send_data_callback(callbacks, on_send_data);
         nghttp2_option_set_no_auto_window_update(option, 1);
         nghttp2_option_set_no_closed_streams(option, 1);
