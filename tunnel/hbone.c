@@ -639,7 +639,7 @@ static void digest(struct tun *t)
 }
 
 #define READ_AT_ONCE (64 << 10)
-#define TURN_BYTES (512 << 10) /* then others have their turn */
+#define TURN_BYTES (128 << 10) /* then others have their turn */
 
 static void receive(struct tun *t)
 {

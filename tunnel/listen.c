@@ -100,7 +100,7 @@ static int transparent(int fd, int family)
 }
 
 /*
- * BBR paces: each burst arms a timer of the socket's, which costs a third of the engine's CPU per byte (decision 0005)
+ * BBR paces: each burst arms a timer of the socket's, which costs a third of the engine's CPU per byte (decision 0007)
  * and gains nothing inside a pod or between the nodes of one network. Where the namespace's default is a BBR, the
  * engine's sockets take cubic; any other default, and sockets to outside of the mesh, stay as the administrator wants
  * them. Before connect() or listen(): a socket that has begun to pace goes on.
