@@ -62,7 +62,7 @@ def shown(*words: str) -> str:
 
 
 def left(lab: Lab, pids: dict[str, int]) -> dict[str, Any]:
-    """All that a toggle makes and has to take away."""
+    """All that a toggle makes and has to take away. Programs and maps are the whole machine's: run this test alone."""
     netns = lab.netns("idle/one")
     enter = ["nsenter", f"--net={netns}"]
     inode = os.stat(netns).st_ino
@@ -117,7 +117,11 @@ def test_a_thousand_toggles_leave_nothing(lab: Lab) -> None:
     eventually("and it goes away", lambda: left(lab, pids) == looks[-1])
     before, memory = looks[-1], {name: pss_kib(pid) for name, pid in pids.items()}
     took_ms = run(ROUNDS - FIRST)
-    eventually("what is left is what was there", lambda: left(lab, pids) == before)
+    try:
+        eventually("what is left is what was there", lambda: left(lab, pids) == before)
+    finally:
+        after = left(lab, pids)
+        print({what: (before[what], after[what]) for what in before if before[what] != after[what]})
     grown = {name: pss_kib(pid) - memory[name] for name, pid in pids.items()}
     print(f"one toggle: {took_ms:.0f} ms; PSS in KiB after {FIRST} rounds {memory}, grown since by {grown}")
     now = lab.status()["nodes"][0]["processes"]
