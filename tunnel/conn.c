@@ -41,7 +41,7 @@
 #define FRONT 16                          /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
 #define REVIEW_TURN 1024 /* decisions in one turn of the loop, about a millisecond */
-#define REVIEW_CUT 32    /* decisions that a reset costs as much as */
+#define REVIEW_CUT 16    /* decisions that a reset costs as much as */
 
 _Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into the scratch buffer");
 
@@ -113,6 +113,8 @@ static void log_end(struct flow *f, enum event_flag flag, const char *why)
         bool out = f->way == WAY_OUTBOUND;
         size_t at = 0;
         const struct endpoint *to = out && f->hop.port ? &f->hop : &f->dst;
+        if (!event_log_room(w->engine->event, w->ev))
+                return;
 #define FIELD(...)                                                                                                     \
         do {                                                                                                           \
                 if (at < sizeof(extra))                                                                                \
