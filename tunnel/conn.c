@@ -310,7 +310,7 @@ static int connect_plain(struct flow *f, struct pod *in, const struct endpoint *
                 source.port = pod_tuple_port(in, &source.addr, loop_random(f->w));
                 if (source.port == 0)
                         return -EADDRNOTAVAIL;
-                fd = pod_connect(in, &source, to, true);
+                fd = pod_connect(in, &source, to, AIM_APPLICATION);
                 if (fd < 0) {
                         pod_tuple_remove(in, &source);
                 } else {
@@ -326,7 +326,7 @@ static int connect_application(struct flow *f, struct pod *in, const struct endp
 {
         struct endpoint source = {.addr = f->src.addr};
         int fd = plain ? connect_plain(f, in, to)
-                       : pod_connect(in, addr_equal(&source.addr, &to->addr) ? NULL : &source, to, true);
+                       : pod_connect(in, addr_equal(&source.addr, &to->addr) ? NULL : &source, to, AIM_APPLICATION);
         if (fd < 0)
                 return fd;
         f->b.io.fd = fd;
@@ -350,7 +350,7 @@ static void decide(struct flow *f);
 static void go_plain(struct flow *f, const struct workload *own, const struct route *r)
 {
         count_open(f, EVENT_SOURCE, own, r->dst, NULL, r->dst ? r->dst->identity : NULL, false);
-        int fd = pod_connect(f->pod, NULL, &r->next_hop, true);
+        int fd = pod_connect(f->pod, NULL, &r->next_hop, AIM_OUTSIDE);
         if (fd < 0) {
                 flow_reset(f, FLAG_CONNECT, strerror(-fd));
                 return;
