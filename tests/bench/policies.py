@@ -6,9 +6,11 @@ pods hold connections across nodes.
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from sidestep.wire import batch
@@ -39,7 +41,10 @@ def unrelated(number: int, namespaces: int = 100) -> list[Policy]:
 def rules(i: int, hit: bool = False) -> list[Any]:
     """Two rules as people write them; `hit`: the second one matches CALLER."""
     return [
-        [[{"principals": [{"Exact": f"cluster.local/ns/ns{i}/sa/a{k}"} for k in range(4)]}], [{"destinationPorts": [80, 443]}]],
+        [
+            [{"principals": [{"Exact": f"cluster.local/ns/ns{i}/sa/a{k}"} for k in range(4)]}],
+            [{"destinationPorts": [80, 443]}],
+        ],
         [
             [{"namespaces": [{"Exact": "default" if hit else f"ns{i}"}], "notPrincipals": [{"Suffix": "/sa/nobody"}]}],
             [{"sourceIps": ["10.0.0.0/8", "fd00::/8"]}],
@@ -124,7 +129,9 @@ def start(pod: Pod, script: str, *words: str) -> subprocess.Popen[str]:
     return process
 
 
-def live(nodes: Nodes, client: Pod, server: Pod, connections: int = 10_000, policies: int = 1000) -> list[dict[str, object]]:
+def live(
+    nodes: Nodes, client: Pod, server: Pod, connections: int = 10_000, policies: int = 1000
+) -> list[dict[str, object]]:
     """Prints and returns how long APPLY takes with open connections: none, a tenth and all of them denied."""
     results: list[dict[str, object]] = []
     engine = nodes.clients[server.node]
@@ -155,10 +162,8 @@ def live(nodes: Nodes, client: Pod, server: Pod, connections: int = 10_000, poli
             holder.stdin.flush()
             if holder.stdout.readline() != f"{expected}\n":
                 raise RuntimeError(f"{name}: not the connections that were to be denied")
-            print(
-                f"change, {policies} policies, {connections} connections open, {name}: {took * 1000:.1f} ms (at most 100)",
-                flush=True,
-            )
+            what = f"change, {policies} policies, {connections} connections open, {name}"
+            print(f"{what}: {took * 1000:.1f} ms (at most 100)", flush=True)
             results.append(
                 {"row": name, "policies": policies, "connections": connections, "denied": expected, "ms": took * 1000}
             )
@@ -180,11 +185,8 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def live_alone() -> list[dict[str, object]]:
+def alone() -> list[dict[str, object]]:
     """`live` with nodes of its own."""
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name:
         with Nodes(Path(name), {"client": 0, "server": 1}, workers=2) as nodes:
             nodes.publish()
