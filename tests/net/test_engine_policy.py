@@ -855,7 +855,7 @@ def test_an_identity_without_certificate_fails_with_a_line(tmp_path: Path, way: 
             pass
 
 
-SOON = timedelta(seconds=3)
+SOON = timedelta(seconds=4)
 
 
 @pytest.mark.parametrize("whose", ["own", "the client's"])
