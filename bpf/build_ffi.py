@@ -33,7 +33,7 @@ ffi.set_source(
         "-Wno-unused-parameter",
         "-Wno-cast-function-type",
     ],
-    depends=["bpf/loader.h", "bpf/loader.c", "bpf/maps.h", "build/bpf/capture.skel.h", "build/bpf/survey.skel.h"],
+    depends=["bpf/loader.h", "bpf/loader.c", "bpf/maps.h", "build/bpf/capture.skel.h", "build/bpf/survey.skel.h", "build/bpf/kubelet.skel.h"],
 )
 
 if __name__ == "__main__":
