@@ -21,14 +21,14 @@ from sidestep.lab.cluster import cgroup2
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 _HELPER = """
-import array, os, socket, sys
+import array, ctypes, os, socket, sys
 with open(sys.argv[1] + "/cgroup.procs", "w") as procs:
     procs.write("0")
 here = socket.socket(fileno=int(sys.argv[2]))
 while said := here.recv(4096).decode():
     path, family = said.split()
     fd = os.open(path, os.O_RDONLY)
-    os.setns(fd, 0x40000000) if hasattr(os, "setns") else __import__("ctypes").CDLL(None).setns(fd, 0x40000000)
+    assert ctypes.CDLL(None).setns(fd, 0x40000000) == 0
     os.close(fd)
     with socket.socket(int(family), socket.SOCK_STREAM) as made:
         here.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [made.fileno()]))])
