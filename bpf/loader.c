@@ -971,24 +971,37 @@ static int unplumb(const char *pins, const char *interface, char *error)
 
 /* -- the kubelet exemption ---------------------------------------------------------------------------------------- */
 
+/* At once: the last reference to a link is dropped some time after its pin. */
+static void unlink_link(const char *node)
+{
+        char path[PATH_MAX];
+        int link = open_pin(node, "link");
+        if (link >= 0) {
+                bpf_link_detach(link);
+                close(link);
+        }
+        path_of(path, node, "link");
+        unlink(path);
+}
+
 /* Takes the node's directory away where the pod was the last one. */
-static int leave_node(const char *pins)
+static void leave_node(const char *pins)
 {
         char node[NODE_PATH], parent[NODE_PATH];
         node_of(node, pins);
         snprintf(parent, sizeof(parent), "%.*s", (int)(strlen(node) - sizeof(NODE)), node);
         DIR *directory = opendir(parent);
         if (!directory)
-                return 0;
+                return;
         bool others = false;
         for (struct dirent *entry; (entry = readdir(directory));)
                 others |= strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") && strcmp(entry->d_name, NODE);
         closedir(directory);
         if (!others) {
+                unlink_link(node);
                 unpin(node, node_names, sizeof(node_names) / sizeof(*node_names));
                 rmdir(node);
         }
-        return 0;
 }
 
 /* Is the pinned program attached to the directory of that id? */
@@ -1027,8 +1040,9 @@ static int watch(const char *node, int cgroup, uint64_t id, char *error)
         } else if ((result = pin_programs(kubelet->obj, node)) < 0) {
                 fail(error, result, "pin in %s", node);
         } else {
+                unlink_link(node); /* of another directory, or of another program */
                 path_of(path, node, "link");
-                if ((unlink(path) < 0 && errno != ENOENT) || bpf_obj_pin(link, path) < 0)
+                if (bpf_obj_pin(link, path) < 0)
                         result = fail(error, -errno, "pin %s", path);
         }
         if (link >= 0)
@@ -1089,9 +1103,10 @@ int kubelet_counters(const char *node, uint64_t *out, int n, char *error)
 int kubelet_detach(const char *node, char *error)
 {
         (void)error;
-        /* The notes stay: the pods that are there hold this map. The directory goes with the last of them. */
+        unlink_link(node);
+        /* The notes stay where there are pods: they hold this map. */
         unpin(node, node_names, sizeof(node_names) / sizeof(*node_names) - 1);
-        rmdir(node);
+        leave_node(node);
         return 0;
 }
 
@@ -1115,7 +1130,8 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
         unpin(pins, map_names, sizeof(map_names) / sizeof(*map_names));
         if (rmdir(pins) < 0 && errno != ENOENT)
                 return fail(error, -errno, "directory %s", pins);
-        return leave_node(pins);
+        leave_node(pins);
+        return 0;
 }
 
 struct trial {

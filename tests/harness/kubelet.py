@@ -39,7 +39,8 @@ class Kubelet:
     """A directory below the cgroup2 root (or below `parent`) with one process. A context manager."""
 
     def __init__(self, name: str = "kubelet", parent: "Kubelet | None" = None) -> None:
-        self.cgroup = (parent.cgroup if parent else cgroup2()) / f"t-{name}-{os.getpid()}"
+        above = cgroup2() if parent is None else parent.cgroup
+        self.cgroup: Path = above / f"t-{name}-{os.getpid()}"
 
     def __enter__(self) -> "Kubelet":
         self.cgroup.mkdir()

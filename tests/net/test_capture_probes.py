@@ -249,7 +249,9 @@ def test_an_open_probe_lives_through_every_mode(
 # -- not native ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("who", ["process", "cgroup below", "undeclared port", "undeclared address", "detached", "moved"])
+@pytest.mark.parametrize(
+    "who", ["process", "cgroup below", "undeclared port", "undeclared address", "detached", "moved"]
+)
 def test_whoever_else_meets_the_engine(
     world: World, application: socket.socket, engine: StandIn, closing: Close, who: str
 ) -> None:
