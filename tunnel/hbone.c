@@ -15,8 +15,8 @@
  * long as its reader drains a window's worth and the budgets allow it.
  *
  * A client tunnel belongs to one pod and one set of expected identities (pool.c); a server tunnel to the pod it arrived
- * at. It takes no new stream once its certificate, or the peer's, or the record that it was opened for is replaced or
- * ended, and closes with its last one.
+ * at. It takes no new stream once its own certificate, or the record that it was opened for, is replaced, and closes
+ * with its last one; at the first end of a certificate of either chain it is cut.
  */
 #include <errno.h>
 #include <netinet/tcp.h>
@@ -567,6 +567,12 @@ static const char *check_peer(struct tun *t)
         return "peer has another identity than the destination";
 }
 
+static void set_ping(struct tun *t)
+{
+        bool soon = t->until_s - (int64_t)time(NULL) <= 10;
+        timer_set(t->w, &t->ping, TIMER_PING, soon ? TIMER_1S : TIMER_10S);
+}
+
 static void tun_opened(struct tun *t)
 {
         const char *wrong = check_peer(t);
@@ -580,7 +586,7 @@ static void tun_opened(struct tun *t)
                 nghttp2_submit_shutdown_notice(t->h2); /* retired while it came up */
         if (link_alone(&t->waiting))
                 rest(t);
-        timer_set(t->w, &t->ping, TIMER_PING, TIMER_10S);
+        set_ping(t);
         tun_mark_dirty(t);
         while (!link_alone(&t->waiting)) {
                 struct flow *f = container(t->waiting.next, struct flow, member);
@@ -736,15 +742,16 @@ void tun_expired(struct tun *t)
         }
 }
 
-/* Every 10 s: asks a silent peer whether it is there, and looks whether the certificates still hold. */
+/* Every 10 s: asks a silent peer whether it is there, and looks whether the certificates still hold; every second when
+ * their end is near. No tunnel outlives them. */
 void tun_ping(struct tun *t)
 {
         if (t->state != TUN_OPEN)
                 return;
-        if (t->until_s <= (int64_t)time(NULL))
-                tun_retire(t);
-        if (t->state != TUN_OPEN)
+        if (t->until_s <= (int64_t)time(NULL)) {
+                tun_fail(t, FLAG_IDENTITY_ERROR, "a certificate of the tunnel has expired");
                 return;
+        }
         bool silent = t->w->now_ms - t->heard_ms >= 10000;
         if (silent && t->pinged && t->w->now_ms - t->heard_ms >= 30000) {
                 tun_fail(t, FLAG_CONNECT, "peer does not answer");
@@ -755,7 +762,7 @@ void tun_ping(struct tun *t)
                 t->pinged = true;
                 tun_mark_dirty(t);
         }
-        timer_set(t->w, &t->ping, TIMER_PING, TIMER_10S);
+        set_ping(t);
 }
 
 /* -- streams ------------------------------------------------------------------------------------------------------ */

@@ -49,6 +49,33 @@ static void body_name(const uint8_t *body, size_t len, char name[64])
                 strcpy(name, (const char *)good);
 }
 
+static void consistent(const struct rbac_verdict *verdict)
+{
+        char text[128];
+        bool named = *verdict->policy != 0, rule = verdict->rule >= 0;
+        rbac_text(verdict, text, sizeof(text));
+        switch (verdict->reason) {
+        case RBAC_OPEN:
+        case RBAC_NOT_DENIED:
+                if (!verdict->allow || named || rule)
+                        abort();
+                break;
+        case RBAC_ALLOWED:
+                if (!verdict->allow || !named || !rule)
+                        abort();
+                break;
+        case RBAC_DENIED:
+                if (verdict->allow || !named || !rule)
+                        abort();
+                break;
+        case RBAC_NOT_ALLOWED:
+        case RBAC_NOT_RECEIVED:
+                if (verdict->allow || !named || rule)
+                        abort();
+                break;
+        }
+}
+
 static void look(const struct mesh_view *v, const uint8_t *data, size_t size)
 {
         struct rbac_request req = {0};
@@ -69,8 +96,7 @@ static void look(const struct mesh_view *v, const uint8_t *data, size_t size)
                         abort();
                 view_inbound_service(v, w, 8080, &r);
                 rbac_decide(v, w, &req, &verdict);
-                if (verdict.allow != (*verdict.policy == 0))
-                        abort();
+                consistent(&verdict);
                 if (!view_policies_known(v, w) && verdict.allow)
                         abort();
         }
@@ -115,6 +141,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                 if (n.workloads || n.services || n.policies)
                         abort();
                 mesh_view(mesh, 0);
+                mesh_in_force(mesh, 0);
                 mesh_sync(mesh, NULL, NULL);
         }
         return 0;
