@@ -246,6 +246,31 @@ def test_an_open_probe_lives_through_every_mode(
         engine.inbound.accept()[0].close()
 
 
+def test_a_probe_that_has_said_nothing_lives_through_a_change_of_mode(
+    world: World, application: socket.socket, engine: StandIn, closing: Close
+) -> None:
+    """The application's end has sent no packet, so only the connection's number says whose it is."""
+    client = world.probe()
+    served, _ = application.accept()
+    assert world.capture.counters()["probe"] == 1, "its SYN-ACK"
+    closing(client, served)
+    world.capture.set_mode(lib.MODE_DRAINING)
+    client.sendall(b"ping")
+    assert served.recv(10) == b"ping"
+    served.sendall(b"pong")
+    assert client.recv(10) == b"pong"
+    # The control: the application's end of a connection of the engine, which has said nothing either, is the engine's.
+    world.capture.set_mode(lib.MODE_STRICT)
+    connected = engine.connect(world.pod, PORT, (world.gateway(), 0))
+    taken, _ = application.accept()
+    closing(connected, taken)
+    turned = world.capture.counters()["turned"]
+    world.capture.set_mode(lib.MODE_DRAINING)
+    taken.sendall(b"to the engine")
+    assert connected.recv(100) == b"to the engine"
+    assert world.capture.counters()["turned"] > turned
+
+
 # -- not native ------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +399,20 @@ def test_the_tuple_of_a_probe_is_no_pass_for_the_next(
         eventually("the witness sees what leaves", lambda: b"shown" in payload_out(tap.flows(), world.link))
         assert canary not in payload_out(tap.flows(), world.link)
     assert world.capture.counters()["probe"] == 0
+
+
+def test_what_finds_no_room_is_like_any_other(world: World, application: socket.socket, engine: StandIn) -> None:
+    """More ports than the map holds: an error, and those that are not in it are the engine's."""
+    world.check(application)
+    many = [(f"10.9.{n >> 8}.{n & 255}", 1) for n in range(16384)]
+    world.exemption.ports()
+    with pytest.raises(OSError, match="probe_ports, entry 16384 of 16386"):
+        world.exemption.ports(*many, *((address, PORT) for address in (world.link.pod4, world.link.pod6)))
+    with world.probe() as client:
+        taken, peer = engine.inbound.accept()
+        assert plain(peer) == plain(client.getsockname())
+        taken.close()
+    nobody(application)
 
 
 # -- attaching -------------------------------------------------------------------------------------------------------
