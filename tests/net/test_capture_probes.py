@@ -401,6 +401,34 @@ def test_the_tuple_of_a_probe_is_no_pass_for_the_next(
     assert world.capture.counters()["probe"] == 0
 
 
+def test_an_open_probe_is_no_way_out_for_raw_packets(
+    world: World, application: socket.socket, engine: StandIn, closing: Close
+) -> None:
+    """A process of the pod with CAP_NET_RAW sends a segment with the tuple of an open probe: it does not leave. The
+    control: what the application's own socket says does.
+    """
+    canary, said = secrets.token_hex(16).encode(), secrets.token_hex(16).encode()
+    client = world.probe()
+    served = world.native(application, client)
+    closing(client, served)
+    address, port = plain(client.getsockname())
+    header = b"".join(bytes.fromhex(mac(name).replace(":", "")) for name in (world.link.outside, world.link.pod))
+    frame = syn_frame(world.pod, PORT, address, port, header, flags=0x18, payload=canary)
+
+    def send() -> None:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as raw:
+            raw.sendto(frame, ("eth0", 3))
+
+    with Tap(world.link.outside_path, "eth0") as tap:
+        turned = world.capture.counters()["turned"]
+        inside(world.link.pod_path, send)
+        eventually("it was turned around", lambda: world.capture.counters()["turned"] > turned)
+        served.sendall(said)
+        assert client.recv(100) == said
+        eventually("the witness sees what leaves", lambda: said in payload_out(tap.flows(), world.link))
+        assert canary not in payload_out(tap.flows(), world.link)
+
+
 def test_what_finds_no_room_is_like_any_other(world: World, application: socket.socket, engine: StandIn) -> None:
     """More ports than the map holds: an error, and those that are not in it are the engine's."""
     world.check(application)
