@@ -41,7 +41,7 @@
 #define FRONT 16                          /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
 #define REVIEW_TURN 1024 /* decisions in one turn of the loop, about a millisecond */
-#define REVIEW_CUT 32    /* decisions that a reset costs as much as */
+#define REVIEW_CUT 16    /* decisions that a reset costs as much as */
 
 _Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into the scratch buffer");
 
@@ -113,6 +113,8 @@ static void log_end(struct flow *f, enum event_flag flag, const char *why)
         bool out = f->way == WAY_OUTBOUND;
         size_t at = 0;
         const struct endpoint *to = out && f->hop.port ? &f->hop : &f->dst;
+        if (!event_log_room(w->engine->event, w->ev))
+                return;
 #define FIELD(...)                                                                                                     \
         do {                                                                                                           \
                 if (at < sizeof(extra))                                                                                \
@@ -308,7 +310,7 @@ static int connect_plain(struct flow *f, struct pod *in, const struct endpoint *
                 source.port = pod_tuple_port(in, &source.addr, loop_random(f->w));
                 if (source.port == 0)
                         return -EADDRNOTAVAIL;
-                fd = pod_connect(in, &source, to, true);
+                fd = pod_connect(in, &source, to, AIM_APPLICATION);
                 if (fd < 0) {
                         pod_tuple_remove(in, &source);
                 } else {
@@ -324,7 +326,7 @@ static int connect_application(struct flow *f, struct pod *in, const struct endp
 {
         struct endpoint source = {.addr = f->src.addr};
         int fd = plain ? connect_plain(f, in, to)
-                       : pod_connect(in, addr_equal(&source.addr, &to->addr) ? NULL : &source, to, true);
+                       : pod_connect(in, addr_equal(&source.addr, &to->addr) ? NULL : &source, to, AIM_APPLICATION);
         if (fd < 0)
                 return fd;
         f->b.io.fd = fd;
@@ -348,7 +350,7 @@ static void decide(struct flow *f);
 static void go_plain(struct flow *f, const struct workload *own, const struct route *r)
 {
         count_open(f, EVENT_SOURCE, own, r->dst, NULL, r->dst ? r->dst->identity : NULL, false);
-        int fd = pod_connect(f->pod, NULL, &r->next_hop, true);
+        int fd = pod_connect(f->pod, NULL, &r->next_hop, AIM_OUTSIDE);
         if (fd < 0) {
                 flow_reset(f, FLAG_CONNECT, strerror(-fd));
                 return;
@@ -364,13 +366,15 @@ static void go_plain(struct flow *f, const struct workload *own, const struct ro
 
 /* -- may it ------------------------------------------------------------------------------------------------------- */
 
+/* Who asks to come in; NULL: nobody knows. */
+static const char *caller(const struct flow *f)
+{
+        return f->way == WAY_OUTBOUND ? f->pod->identity : f->by_hbone ? f->peer : NULL;
+}
+
 static void judge(const struct flow *f, const struct workload *dst, struct rbac_verdict *out)
 {
-        struct rbac_request request = {.identity = f->way == WAY_OUTBOUND ? f->pod->identity
-                                                   : f->by_hbone          ? f->peer
-                                                                          : NULL,
-                                       .source = f->src,
-                                       .destination = f->app};
+        struct rbac_request request = {.identity = caller(f), .source = f->src, .destination = f->app};
         rbac_decide(f->w->view, dst, &request, out);
 }
 
@@ -384,9 +388,7 @@ static void denied(struct flow *f, const struct pod *at, const struct workload *
                               .pod_uid = at->uid,
                               .src = f->src,
                               .dst = f->app,
-                              .identity = f->way == WAY_OUTBOUND ? f->pod->identity
-                                          : f->by_hbone          ? f->peer
-                                                                 : "",
+                              .identity = caller(f),
                               .policy = v->policy,
                               .reason = rbac_text(v, reason, sizeof(reason)),
                               .workload = dst};
@@ -414,13 +416,39 @@ static void let_in(struct flow *f, struct seat *seat, const struct workload *dst
         link_add(&seat->judged, &f->judged);
 }
 
+/* Connections of one pod to one port differ in nothing that policy looks at: judged once a turn. */
+#define MEMO 64
+struct memo {
+        const struct flow *like; /* of this turn: also a dead one keeps its memory until the end of it */
+        struct rbac_verdict verdict;
+};
+
+static bool alike(const struct flow *a, const struct flow *b)
+{
+        const char *x = caller(a), *y = caller(b);
+        return addr_equal(&a->src.addr, &b->src.addr) && a->app.port == b->app.port &&
+               addr_equal(&a->app.addr, &b->app.addr) && (x && y ? strcmp(x, y) == 0 : x == y);
+}
+
+static void judge_once(const struct flow *f, const struct workload *dst, struct memo *memo, struct rbac_verdict *out)
+{
+        uint32_t low;
+        memcpy(&low, f->src.addr.ip + 12, sizeof(low));
+        struct memo *m = &memo[((low ^ f->app.port) * 2654435761u >> 16) % MEMO];
+        if (!m->like || !alike(m->like, f)) {
+                judge(f, dst, &m->verdict);
+                m->like = f;
+        }
+        *out = m->verdict;
+}
+
 /* Returns what it cost, in decisions. */
-static unsigned judge_anew(struct flow *f, struct seat *seat)
+static unsigned judge_anew(struct flow *f, struct seat *seat, struct memo *memo)
 {
         struct rbac_verdict v;
         struct workload gone = {.namespace_ = seat->pod->namespace_};
         const struct workload *dst = view_workload(f->w->view, seat->pod->workload);
-        judge(f, dst ? dst : &gone, &v);
+        judge_once(f, dst ? dst : &gone, memo, &v);
         if (v.allow || v.reason == RBAC_NOT_RECEIVED || (!dst && v.reason != RBAC_DENIED)) {
                 f->epoch = seat->epoch;
                 link_add(&seat->judged, &f->judged);
@@ -435,13 +463,14 @@ void conn_review(struct worker *w)
         unsigned left = REVIEW_TURN;
         while (!link_alone(&w->stale)) {
                 struct seat *seat = container(w->stale.next, struct seat, stale);
+                struct memo memo[MEMO] = {0};
                 while (!link_alone(&seat->judged)) {
                         struct flow *f = container(seat->judged.next, struct flow, judged);
                         if (f->epoch == seat->epoch)
                                 break;
                         if (left == 0)
                                 return;
-                        unsigned cost = judge_anew(f, seat);
+                        unsigned cost = judge_anew(f, seat, memo);
                         left = left > cost ? left - cost : 0;
                 }
                 link_remove(&seat->stale);

@@ -293,6 +293,35 @@ def test_a_new_deny_cuts_what_is_open(mesh: Mesh, way: str, family: int) -> None
         pass
 
 
+def test_of_many_those_that_are_denied_now(mesh: Mesh) -> None:
+    """Connections of several callers to several ports of one pod, and a change that is about some of each."""
+    server = mesh["server"]
+    router = f"/run/netns/{mesh.nodes.router}"
+    callers = {"client": mesh["client"].path, "near": mesh["near"].path, "plain": router}
+    ends: dict[tuple[str, int], list[tuple[socket.socket, socket.socket]]] = {}
+    with ExitStack() as stack:
+        for port in (PORT, PORT + 1):
+            listener = stack.enter_context(listen(server.path, server.address(), port))
+            for name, path in list(callers.items()) * 5:
+                client = stack.enter_context(connect(path, server.address(), port))
+                accepted, _ = listener.accept()
+                ends.setdefault((name, port), []).append((client, stack.enter_context(accepted)))
+        near = mesh["near"].identity.removeprefix("spiffe://")
+        mesh.set(
+            policy(
+                "some",
+                [[{"principals": [{"Exact": near}]}], [{"destinationPorts": [PORT + 1]}]],
+                [[{"notPrincipals": [{"Presence": []}], "destinationPorts": [PORT]}]],
+            )
+        )
+        for who, pairs in ends.items():
+            for pair in pairs:
+                if who in (("near", PORT + 1), ("plain", PORT)):
+                    is_reset(*pair)
+                else:
+                    talk(*pair)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "change", ["selector", "record names it", "allow removed", "allow narrowed", "mesh-wide", "undecodable"]
