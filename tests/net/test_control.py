@@ -1,11 +1,14 @@
 """The control plane as a process, against the lab's API server, with independent clients of its protocols."""
 
 import asyncio
+import base64
+import itertools
 import json
 import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,14 @@ from typing import Any
 import grpc
 import pytest
 from cryptography import x509
-from cryptography.x509.verification import PolicyBuilder, Store
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
+from sidestep.control import authority
 from sidestep.kube.client import KubeClient, KubeError
 from sidestep.wire.pb import authorization_pb2 as pb
 from sidestep.wire.pb import workload_pb2
 from tests.harness import control as harness
+from tests.harness.authorities import with_intermediate
 from tests.harness.control import ADDRESS, AUTHORIZATION, HANG_S, SYSTEM, Cluster, Follower, bearer, certificate
 from tests.harness.policies import STATIC, shape
 
@@ -428,6 +433,118 @@ def test_certificates_before_and_after_a_crash_are_of_one_root(cluster: Cluster)
         assert verified(before, roots) != verified(after, roots)
 
     on_mesh(cluster, test)
+
+
+def rotation() -> list[dict[str, str]]:
+    """The files of an authority through a change of its root: as it was, with the new root beside the old, with the new
+    one signing, without the old. The new one has an intermediate, the first half of its chain is the CA itself.
+    """
+    now = time.time()
+    old, new = authority.new("old.example", now), with_intermediate()
+    both = old.roots_pem + new.roots_pem
+    after = new.files()
+    return [
+        old.files(),
+        old.files() | {"root-cert.pem": both},
+        after | {"root-cert.pem": both},
+        after,
+    ]
+
+
+def write(directory: Path, files: dict[str, str]) -> None:
+    for name in authority.FILES:
+        (directory / name).unlink(missing_ok=True)
+        if files.get(name):
+            (directory / name).write_text(files[name])
+
+
+@pytest.mark.parametrize("kept", ["directory", "secret"])
+def test_the_root_is_replaced_while_it_runs(tmp_path: Path, kept: str) -> None:
+    """Whoever holds a certificate of one step and whoever holds one of the next trust each other; who connects trusts
+    what was published before; and the process stays the same.
+    """
+    directory = tmp_path / "cacerts"
+    directory.mkdir()
+    steps = rotation()
+    write(directory, steps[0])
+    with harness.cluster(tmp_path, *(["--cacerts", str(directory)] if kept == "directory" else [])) as cluster:
+
+        async def put(mesh: Mesh, files: dict[str, str]) -> None:
+            if kept == "directory":
+                await asyncio.to_thread(write, directory, files)
+                return
+            data = {name: base64.b64encode(files.get(name, "").encode()).decode() for name in authority.FILES}
+            await mesh.kube.patch(f"/api/v1/namespaces/{SYSTEM}/secrets/sidestep-ca", {"data": data})
+
+        async def test(mesh: Mesh) -> None:
+            await add_web(mesh)
+            assert mesh.cluster.control is not None
+            process = mesh.cluster.control.popen.pid
+            trusted = await mesh.root()
+            if kept == "secret":  # its own root is the old one
+                own = (await mesh.kube.get(f"/api/v1/namespaces/{SYSTEM}/secrets/sidestep-ca"))["data"]
+                first = {name: base64.b64decode(own.get(name, "")).decode() for name in authority.FILES}
+                both = first["root-cert.pem"] + steps[3]["root-cert.pem"]
+                steps[:3] = [first, first | {"root-cert.pem": both}, steps[3] | {"root-cert.pem": both}]
+            chains = []
+            for files in steps:
+                await put(mesh, files)
+                want = x509.load_pem_x509_certificates(files["root-cert.pem"].encode())
+                for namespace in (SYSTEM, "shop", "default"):
+                    while x509.load_pem_x509_certificates(await mesh.root(namespace)) != want:
+                        await asyncio.sleep(0.02)
+                while True:  # who trusts what was published before is taken, by a fresh connection
+                    channel = harness.channel(mesh.cluster.address, trusted)
+                    mesh.channels.append(channel)
+                    chain = await certificate(channel, bearer(mesh.token), URI)
+                    if x509.load_pem_x509_certificates(chain[-1].encode()) == want and issuer(chain) == subject(files):
+                        break
+                    await asyncio.sleep(0.02)
+                trusted = await mesh.root()
+                chains.append(chain)
+            assert [len(chain) for chain in chains] == [2, 2, 4, 4]
+            for before, after in itertools.pairwise(chains):
+                verified(before, after[-1].encode())
+                verified(after, before[-1].encode())
+            with pytest.raises(VerificationError):  # the control: without the steps between it does not go
+                verified(chains[3], chains[0][-1].encode())
+
+            status = (await mesh.status())["root"]
+            assert status["problem"] == "" and [each["issues"] for each in status["roots"]] == [True]
+            await put(mesh, steps[3] | {"ca-key.pem": steps[0]["ca-key.pem"]})
+            while "not the key of" not in (await mesh.status())["root"]["problem"]:
+                await asyncio.sleep(0.02)
+            chain = await certificate(channel, bearer(mesh.token), URI)
+            assert issuer(chain) == subject(steps[3]) and await mesh.root() == trusted
+            assert mesh.cluster.control.popen.pid == process and mesh.cluster.control.popen.poll() is None
+            log = mesh.cluster.control.text()
+            assert " authority_not_taken level=WARN" in log and "has not heard" not in log
+
+        on_mesh(cluster, test)
+
+
+def issuer(chain: list[str]) -> x509.Name:
+    return x509.load_pem_x509_certificate(chain[0].encode()).issuer
+
+
+def subject(files: dict[str, str]) -> x509.Name:
+    return x509.load_pem_x509_certificate(files["ca-cert.pem"].encode()).subject
+
+
+def test_a_root_that_nobody_has_heard_of_is_warned_about(tmp_path: Path) -> None:
+    directory = tmp_path / "cacerts"
+    directory.mkdir()
+    steps = rotation()
+    write(directory, steps[0])
+    with harness.cluster(tmp_path, "--cacerts", str(directory)) as cluster:
+
+        async def test(mesh: Mesh) -> None:
+            assert mesh.cluster.control is not None
+            await asyncio.to_thread(write, directory, steps[3])
+            while "has not heard of its root" not in mesh.cluster.control.text():
+                await asyncio.sleep(0.02)
+
+        on_mesh(cluster, test)
 
 
 def test_a_pod_is_served_at_once_and_no_more_when_it_is_gone(cluster: Cluster) -> None:
