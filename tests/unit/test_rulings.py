@@ -35,8 +35,8 @@ def but(*ports: int, own: bool) -> list[list[list[dict[str, Any]]]]:
     return [[[NOBODY], *rest]] if own else [[*rest, [NOBODY]]]
 
 
-MESH = {"name": "mesh", "namespace": ROOT}
-SPACE = {"name": "space"}
+MESH: dict[str, Any] = {"name": "mesh", "namespace": ROOT}
+SPACE: dict[str, Any] = {"name": "space"}
 # (golden file, the policies before ours, ours, its record)
 PEERS: list[tuple[str, list[dict[str, Any]], dict[str, Any], list[list[list[dict[str, Any]]]] | None]] = [
     ("disable", [], peer(DISABLE), None),
@@ -331,6 +331,7 @@ def test_disable_and_what_cannot_be_are_said() -> None:
     assert "spec.selector" in said["three"]["message"] and "spec.portLevelMtls" in said["four"]["message"]
     assert [said[name]["accepted"] for name in ("one", "two", "three", "four", "five")] == [False] * 4 + [True]
     assert all(each["reason"] == "UnsupportedValue" for each in said.values() if not each["accepted"])
+    assert made.mesh.rulings.tally() == {"true": 1, "false": 4}
     assert said["five"]["message"] == "accepted" and said["five"]["kind"] == "PeerAuthentication"
 
 
@@ -380,6 +381,32 @@ def test_a_peer_authentication_that_cannot_be_read(change: dict[str, Any], field
 
     root = world(*pods, bad | {"metadata": bad["metadata"] | {"namespace": ROOT}})
     assert [root.lists("a"), root.lists("b"), root.lists("c", "other")] == [[], [], []]  # it selects: nothing
+
+
+def test_no_input_is_too_strange() -> None:
+    choose = random.Random(13)
+
+    def anything(depth: int = 0) -> Any:
+        words = ["a", "", "80", "0", "STRICT", "DISABLE", None, True, 80, 1.5]
+        if depth > 3 or choose.random() < 0.4:
+            return choose.choice(words)
+        if choose.random() < 0.2:
+            return [anything(depth + 1) for _ in range(choose.randrange(3))]
+        keys = ["mtls", "mode", "portLevelMtls", "selector", "matchLabels", "80", "app", "\u0663"]
+        return {choose.choice(keys): anything(depth + 1) for _ in range(choose.randrange(4))}
+
+    reasons = set()
+    for _ in range(10_000):
+        spec = anything()
+        if choose.random() < 0.5:
+            spec = {"mtls": {"mode": choose.choice([*peers.MODES, "x"])}, "portLevelMtls": anything()}
+        made = world(pod("a", app="a"), peer() | {"spec": spec})
+        [said] = made.mesh.rulings.report()
+        reasons.add(said["reason"])
+        assert said["accepted"] is not bool(said["not_enforced"])
+        if said["reason"] == "Invalid" and said["scope"] == "NAMESPACE":
+            assert made.lists("a") == [STATIC]  # what cannot be read is STRICT
+    assert len(reasons) == 3
 
 
 def test_a_bad_mode_for_a_namespace_and_for_the_mesh_is_strict() -> None:
@@ -648,9 +675,11 @@ def test_a_large_mesh(capsys: pytest.CaptureFixture[str]) -> None:
     rule = {"from": [{"source": {"namespaces": ["x"], "ipBlocks": ["192.0.2.0/24"]}}]}
     start = time.perf_counter()
     for number in range(1000):
-        app = {"matchLabels": {"app": f"a{number % apps}"}}
+        selector = {"matchLabels": {"app": f"a{number % apps}"}}
         space = f"s{number % spaces}" if number % 10 else ROOT
-        obj = authorization({"action": "DENY", "selector": app, "rules": [rule]}, name=f"p{number}", namespace=space)
+        obj = authorization(
+            {"action": "DENY", "selector": selector, "rules": [rule]}, name=f"p{number}", namespace=space
+        )
         made.rulings.authorization_policy(f"{space}/p{number}", objects.authorization_policy_of(obj))
     made.rulings.peer_authentication("s1/default", objects.peer_authentication_of(peer(STRICT, namespace="s1")))
     policies = made.rulings.take()
