@@ -272,6 +272,8 @@ def test_what_is_not_enforced_is_said(cluster: Cluster) -> None:
         found = {each["name"]: each for each in (await mesh.status())["policies"]}
         assert found["good"]["selects"] == 1 and not found["good"]["accepted"] and found["good"]["action"] == "DENY"
         assert found["mixed"]["not_enforced"] and found["last"]["accepted"]
+        page = (await asyncio.to_thread(mesh.cluster.page, "/metrics")).decode()
+        assert 'sidestep_control_policies{accepted="false"} 2.0' in page
         assert mesh.cluster.control is not None
         lines = [line for line in mesh.cluster.control.text().splitlines() if " policy_not_enforced " in line]
         assert len(lines) == 2 and all("level=WARN" in line for line in lines)

@@ -429,7 +429,7 @@ def test_a_rule_that_cannot_be_read(bad: Any, field: str) -> None:
     spec = {"action": "DENY", "selector": {"matchLabels": {"app": "a"}}, "rules": [good, bad]}
     alone = rule_on(authorization(spec))
     assert shape(record_of(alone)) == [[]] and record_of(alone).action == pb.DENY  # it denies all
-    assert alone.selector == {("app", "a")} and record_of(alone).scope == pb.WORKLOAD_SELECTOR
+    assert alone.selector == frozenset({("app", "a")}) and record_of(alone).scope == pb.WORKLOAD_SELECTOR
     assert not alone.accepted and alone.reason == INVALID and f"spec.rules[1]{field}: " in alone.message
 
     last = rule_on(authorization({"action": "DENY", "rules": [good]}))

@@ -35,8 +35,8 @@ def but(*ports: int, own: bool) -> list[list[list[dict[str, Any]]]]:
     return [[[NOBODY], *rest]] if own else [[*rest, [NOBODY]]]
 
 
-MESH = {"name": "mesh", "namespace": ROOT}
-SPACE = {"name": "space"}
+MESH: dict[str, Any] = {"name": "mesh", "namespace": ROOT}
+SPACE: dict[str, Any] = {"name": "space"}
 # (golden file, the policies before ours, ours, its record)
 PEERS: list[tuple[str, list[dict[str, Any]], dict[str, Any], list[list[list[dict[str, Any]]]] | None]] = [
     ("disable", [], peer(DISABLE), None),
@@ -322,8 +322,8 @@ def test_disable_and_what_cannot_be_are_said() -> None:
         peer(DISABLE, name="one"),
         peer(app="a", ports={"9090": DISABLE}, name="two"),
         peer(STRICT, app="a", namespace=ROOT, name="three"),
-        peer(STRICT, ports={"1": PERMISSIVE}, name="four"),
-        peer(STRICT, name="five"),
+        peer(STRICT, ports={"1": PERMISSIVE}, name="four", namespace="x"),
+        peer(STRICT, name="five", namespace="y"),
     )
     said = {each["name"]: each for each in made.mesh.rulings.report()}
     assert "DISABLE acts as PERMISSIVE" in said["one"]["message"] and said["one"]["action"] == DISABLE
@@ -331,7 +331,31 @@ def test_disable_and_what_cannot_be_are_said() -> None:
     assert "spec.selector" in said["three"]["message"] and "spec.portLevelMtls" in said["four"]["message"]
     assert [said[name]["accepted"] for name in ("one", "two", "three", "four", "five")] == [False] * 4 + [True]
     assert all(each["reason"] == "UnsupportedValue" for each in said.values() if not each["accepted"])
+    assert made.mesh.rulings.tally() == {"true": 1, "false": 4}
     assert said["five"]["message"] == "accepted" and said["five"]["kind"] == "PeerAuthentication"
+
+
+def test_who_is_hidden_by_an_older_one_is_told() -> None:
+    made = world(
+        peer(STRICT, name="wide", creationTimestamp="2026-01-03T00:00:00Z"),
+        peer(PERMISSIVE, name="older", creationTimestamp="2026-01-02T00:00:00Z"),
+        peer(STRICT, name="own", app="a", creationTimestamp="2026-01-01T00:00:00Z"),
+        peer(STRICT, name="other", app="b", creationTimestamp="2026-01-04T00:00:00Z"),
+        peer(DISABLE, name="same", app="a", creationTimestamp="2026-01-01T00:00:00Z"),
+        peer(STRICT, name="elsewhere", namespace="other", creationTimestamp="2026-01-05T00:00:00Z"),
+    )
+
+    def said() -> dict[str, str]:
+        return {each["name"]: each["message"] for each in made.mesh.rulings.report() if not each["accepted"]}
+
+    assert said().keys() == {"wide", "same"}
+    assert said()["wide"] == "NOT ENFORCED: shop/older is older, and selects the same"
+    assert said()["same"].startswith("NOT ENFORCED: shop/own is older") and "DISABLE acts" in said()["same"]
+    reasons = {each["reason"] for each in made.mesh.rulings.report()}
+    assert reasons == {"Accepted", "Overridden"}
+    made.mesh.rulings.changed.clear()
+    made.put(peer(PERMISSIVE, name="older", creationTimestamp="2026-01-02T00:00:00Z"), there=False)
+    assert said().keys() == {"same"} and ("PeerAuthentication", "shop/wide") in made.mesh.rulings.changed
 
 
 # (changes to the spec of one that selects app=a, the field, can the selector be read)
@@ -380,6 +404,32 @@ def test_a_peer_authentication_that_cannot_be_read(change: dict[str, Any], field
 
     root = world(*pods, bad | {"metadata": bad["metadata"] | {"namespace": ROOT}})
     assert [root.lists("a"), root.lists("b"), root.lists("c", "other")] == [[], [], []]  # it selects: nothing
+
+
+def test_no_input_is_too_strange() -> None:
+    choose = random.Random(13)
+
+    def anything(depth: int = 0) -> Any:
+        words = ["a", "", "80", "0", "STRICT", "DISABLE", None, True, 80, 1.5]
+        if depth > 3 or choose.random() < 0.4:
+            return choose.choice(words)
+        if choose.random() < 0.2:
+            return [anything(depth + 1) for _ in range(choose.randrange(3))]
+        keys = ["mtls", "mode", "portLevelMtls", "selector", "matchLabels", "80", "app", "\u0663"]
+        return {choose.choice(keys): anything(depth + 1) for _ in range(choose.randrange(4))}
+
+    reasons = set()
+    for _ in range(10_000):
+        spec = anything()
+        if choose.random() < 0.5:
+            spec = {"mtls": {"mode": choose.choice([*peers.MODES, "x"])}, "portLevelMtls": anything()}
+        made = world(pod("a", app="a"), peer() | {"spec": spec})
+        [said] = made.mesh.rulings.report()
+        reasons.add(said["reason"])
+        assert said["accepted"] is not bool(said["not_enforced"])
+        if said["reason"] == "Invalid" and said["scope"] == "NAMESPACE":
+            assert made.lists("a") == [STATIC]  # what cannot be read is STRICT
+    assert len(reasons) == 3
 
 
 def test_a_bad_mode_for_a_namespace_and_for_the_mesh_is_strict() -> None:
@@ -648,9 +698,11 @@ def test_a_large_mesh(capsys: pytest.CaptureFixture[str]) -> None:
     rule = {"from": [{"source": {"namespaces": ["x"], "ipBlocks": ["192.0.2.0/24"]}}]}
     start = time.perf_counter()
     for number in range(1000):
-        app = {"matchLabels": {"app": f"a{number % apps}"}}
+        selector = {"matchLabels": {"app": f"a{number % apps}"}}
         space = f"s{number % spaces}" if number % 10 else ROOT
-        obj = authorization({"action": "DENY", "selector": app, "rules": [rule]}, name=f"p{number}", namespace=space)
+        obj = authorization(
+            {"action": "DENY", "selector": selector, "rules": [rule]}, name=f"p{number}", namespace=space
+        )
         made.rulings.authorization_policy(f"{space}/p{number}", objects.authorization_policy_of(obj))
     made.rulings.peer_authentication("s1/default", objects.peer_authentication_of(peer(STRICT, namespace="s1")))
     policies = made.rulings.take()

@@ -108,6 +108,7 @@ class Rulings:
             demands[key] = peers.demand(new, self._root, self._last_demands.get(key))
             if demands[key].reason != INVALID:
                 self._last_demands[key] = demands[key]
+        self.changed |= {("PeerAuthentication", each) for each in demands}  # one may hide the other
         if not demands:
             del self._demands[space]
         self._due_demands.add(space)
@@ -215,8 +216,11 @@ class Rulings:
         if kind == "AuthorizationPolicy":
             return self._rulings.get(key)
         space = key.partition("/")[0]
-        demand = self._demands.get(space, {}).get(key)
-        return demand.ruling(self._own.get(space, {}).get(demand.record_name)) if demand is not None else None
+        demands = self._demands.get(space, {})
+        demand = demands.get(key)
+        if demand is None:
+            return None
+        return demand.ruling(self._own.get(space, {}).get(demand.record_name), demands.values())
 
     def report(self) -> list[dict[str, Any]]:
         """All policies, for /status."""
@@ -241,6 +245,15 @@ class Rulings:
                     "selects": self._selects(kind, policy, ruling, counts),
                 }
             )
+        return found
+
+    def tally(self) -> dict[str, int]:
+        """How many policies are in force as written, and how many are not."""
+        found = {"true": 0, "false": 0}
+        for kind, key in self.policies:
+            ruling = self.ruling(kind, key)
+            if ruling is not None:
+                found["true" if ruling.accepted else "false"] += 1
         return found
 
     def _counts(self) -> dict[str, int]:
