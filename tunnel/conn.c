@@ -514,7 +514,7 @@ static void note_complete(struct worker *w, struct pod *p)
 {
         struct identity *i;
         const struct workload *own = atomic_load(&p->complete) ? NULL : complete(w, p, &i);
-        if (own && view_policies_known(w->view, own))
+        if (own && !view_policy_missing(w->view, own))
                 atomic_store(&p->complete, true);
 }
 
@@ -682,7 +682,8 @@ static void give_up(struct flow *f)
                                 return;
                         }
                 }
-                snprintf(why, sizeof(why), "no policy that the record of %.200s names within 5 s", f->pod->workload);
+                const char *missing = view_policy_missing(w->view, own);
+                snprintf(why, sizeof(why), "policy not received yet: %.500s", missing ? missing : "none");
         } else if (!own) {
                 snprintf(why, sizeof(why), "no record of %.200s within 5 s", f->pod->workload);
         } else {

@@ -7,6 +7,7 @@ that the new state denies.
 
 import json
 import re
+import resource
 import secrets
 import select
 import socket
@@ -30,7 +31,7 @@ from tests.harness import hbone_peer
 from tests.harness.cluster import Nodes, Pod
 from tests.harness.engine import Client
 from tests.harness.netns import connect, inside, listen, run
-from tests.harness.pki import Leaf
+from tests.harness.pki import Authority, Leaf
 from tests.tunnel import policy_model as model
 from tests.tunnel.policy_model import Policy
 
@@ -291,6 +292,42 @@ def test_a_new_deny_cuts_what_is_open(mesh: Mesh, way: str, family: int) -> None
         talk(*kept)
     with conversation(mesh, way, family):
         pass
+
+
+MANY = 1500
+
+
+def many(path: str, address: str) -> list[socket.socket]:
+    """MANY connections to PORT."""
+
+    def make() -> list[socket.socket]:
+        return [socket.create_connection((address, PORT), 20) for _ in range(MANY)]
+
+    return inside(path, make)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_apply_is_answered_when_the_last_of_many_is_cut(mesh: Mesh, way: str) -> None:
+    """More than one turn of the engine's loop can end: the answer waits for all of them, others go on meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    pod, engine = mesh.target(way), mesh.engine(mesh.target(way))
+    at = mesh["client"] if way == "local" else pod
+    try:
+        with ExitStack() as stack, conversation(mesh, way, port=PORT + 1) as kept:
+            listener = stack.enter_context(listen(pod.path, pod.address(), PORT, backlog=2 * MANY))
+            clients = [stack.enter_context(each) for each in many(mesh.caller(way), pod.address())]
+            for _ in clients:
+                stack.enter_context(listener.accept()[0])
+            assert len(open_flows(engine, at)) >= MANY
+            mesh.engine(pod).apply(model.records([policy("late", only(destinationPorts=[PORT]))]))
+            left = [each["dst"] for each in open_flows(engine, at)]
+            assert len(left) == 1
+            assert left[0].endswith(f":{PORT + 1}")
+            talk(*kept)
+            is_reset(*clients)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_of_many_those_that_are_denied_now(mesh: Mesh) -> None:
@@ -866,3 +903,29 @@ def test_as_client_no_tunnel_outlives_a_certificate(tmp_path: Path, whose: str) 
             with connect(client.path, server.address(), PORT) as end:
                 end.sendall(b"x")
                 assert end.recv(1) == b"x"
+
+
+def test_a_root_is_rotated(tmp_path: Path) -> None:
+    """Two roots overlap: nothing fails. When the old one goes, what it had verified is cut, the rest goes on."""
+    with Nodes(tmp_path, {"client": 0, "server": 1}) as nodes:
+        mesh, old, new = Mesh(nodes), nodes.authority, Authority("another root")
+        nodes.publish()
+
+        def certify(authority: Authority, *trusted: Authority) -> None:
+            for pod in (nodes["client"], nodes["server"]):
+                leaf = authority.leaf(pod.identity)
+                roots = "".join(each.leaf(pod.identity).roots for each in trusted)
+                nodes.certify(pod, Leaf(leaf.key, leaf.chain, roots))
+
+        with conversation(mesh, "hbone") as first:
+            certify(old, old, new)
+            talk(*first)
+            certify(new, old, new)
+            with conversation(mesh, "hbone", port=PORT + 1) as second:
+                talk(*first)
+                certify(new, new)
+                is_reset(*first)
+                talk(*second)
+        logged(mesh, nodes["client"], "the root of the peer's certificate is not trusted any more")
+        with conversation(mesh, "hbone"):
+            pass
