@@ -480,16 +480,17 @@ class Server:
             self._drop(str(err))
 
     def _reply(self, connection: endpoint.Connection, request: endpoint.Request, answer: Answer) -> None:
+        # Before the answer: whoever has read that may kill us, and the supervisor must know by then that we came up.
+        if request.kind == channel.HELLO and connection.greeted and self._ready_fd >= 0:
+            os.write(self._ready_fd, b"1")
+            os.close(self._ready_fd)
+            self._ready_fd = -1
         try:
             connection.reply(request.kind, request.sequence, answer.body, answer.fds)
         except channel.PacketError as err:
             connection.reply(
                 request.kind, request.sequence, {"ok": False, "error": f"the reply does not fit: {err}"}, []
             )
-        if request.kind == channel.HELLO and connection.greeted and self._ready_fd >= 0:
-            os.write(self._ready_fd, b"1")
-            os.close(self._ready_fd)
-            self._ready_fd = -1
 
     def _answer(self, connection: endpoint.Connection, request: endpoint.Request) -> Answer:
         if request.packet is None:
