@@ -17,7 +17,7 @@ from typing import Any
 from sidestep.control import log
 from sidestep.control.objects import Policy
 from sidestep.control.policies import WAYPOINT, Ruling
-from sidestep.control.rulings import Rulings
+from sidestep.control.rulings import Key, Rulings
 from sidestep.kube.client import KubeClient, KubeError
 
 TYPE = "ZtunnelAccepted"
@@ -26,8 +26,6 @@ API = "security.istio.io/v1"
 BACKOFF_S = (0.2, 60.0)
 LINES = 20  # of the log, for one policy
 EVENT_MESSAGE = 1000  # the API takes 1024
-
-Key = tuple[str, str]
 
 
 @dataclass(slots=True)
