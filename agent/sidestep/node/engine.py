@@ -291,7 +291,7 @@ class Engine:
 
     async def apply(self, batch: Batch) -> list[tuple[str, str]]:
         """APPLY; ends the batch. Returns the rejected records: (name, reason). When it returns every worker has
-        adopted the state.
+        adopted the state and has reset the open connections that it denies.
         """
         memfd, size = batch.seal()
         try:
@@ -305,6 +305,14 @@ class Engine:
         """METRICS: Prometheus text."""
         _, fds = await self._call(channel.METRICS, {})
         return _read_memfds(fds).decode("utf-8", "replace")
+
+    async def authz(self, identity: str, source: str, destination: str) -> dict[str, Any]:
+        """AUTHZ: what the engine would decide about a connection (docs/interfaces.md), by its own decision function.
+
+        `identity`: a SPIFFE URI, or "" for none; `source`: "IP" or "IP:PORT"; `destination`: "IP:PORT".
+        """
+        answer = await self._simple(channel.AUTHZ, {"identity": identity, "source": source, "destination": destination})
+        return {key: value for key, value in answer.items() if key != "ok"}
 
     async def dump(self, what: str) -> list[Any]:
         """DUMP: a list of objects."""

@@ -173,6 +173,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "network": config.network,
         "cluster_id": config.cluster_id,
         "trust_domain": config.trust_domain,
+        "root_namespace": config.system_namespace,
         "node": config.node,
         "cluster_cidrs": list(config.cluster_cidrs),
         "same_node": config.same_node,

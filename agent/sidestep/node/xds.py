@@ -194,6 +194,8 @@ class Stream:
         for resource in response.resources:
             if resource.name not in rejected:
                 held[resource.name] = resource.version
+            elif url == AUTHORIZATION:
+                held.setdefault(resource.name, "")  # the engine has a stand-in: the server must say when it goes
         if url not in self._acked or rejected:
             log.event("xds_applied", type=KINDS[url], records=len(response.resources), rejected=len(rejected))
         self._acked.add(url)
