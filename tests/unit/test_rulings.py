@@ -458,6 +458,53 @@ def test_a_deny_that_cannot_be_read_keeps_its_last_version() -> None:
     assert made.mesh.rulings.report()[0]["accepted"]
 
 
+def test_what_stands_in_is_recalled_for_the_same_object_only() -> None:
+    app = {"selector": {"matchLabels": {"app": "a"}}}
+    things = [
+        authorization({"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["80"]}}]}]} | app, name="deny"),
+        authorization({"rules": [{}]} | app, name="allow"),
+        peer(PERMISSIVE, app="a", name="peer"),
+        authorization({"rules": [{}]} | app, name="fine"),
+    ]
+    bad = copy.deepcopy(things[:3])
+    bad[0]["spec"]["rules"] = bad[1]["spec"]["rules"] = [7]
+    bad[2]["spec"]["mtls"] = 7
+    made = world(pod("a", app="a"), *things)
+    assert made.mesh.rulings.kept() == {}
+    for each in bad:
+        made.put(each)
+    made.take()
+    kept = made.mesh.rulings.kept()
+    assert {name for _, name in kept} == {"shop/deny", "shop/allow", "shop/peer"}
+
+    fresh = World()
+    fresh.mesh.rulings.recall(kept)
+    for each in (pod("a", app="a"), *bad, things[3]):
+        fresh.put(each)
+    fresh.take()
+    assert (fresh.policies, fresh.workloads) == (made.policies, made.workloads)
+    assert fresh.mesh.rulings.report() == made.mesh.rulings.report() and fresh.mesh.rulings.kept() == kept
+    for each in things:
+        fresh.put(each)
+    assert fresh.mesh.rulings.kept() == {}
+
+    others = World()
+    others.mesh.rulings.recall(kept)
+    for each in bad:
+        others.put(each | {"metadata": each["metadata"] | {"uid": "another"}})
+    others.take()
+    assert shape(others.policies["shop/deny"]) == [[]] and others.mesh.rulings.kept() == {}
+
+
+def test_what_was_read_and_is_not_enforced_ends_what_was() -> None:
+    rules = {"rules": [{"to": [{"operation": {"ports": ["80"]}}]}]}
+    made = world(authorization(rules | {"action": "DENY"}))
+    made.put(authorization(rules | {"action": "AUDIT"}))
+    made.put(authorization(rules | {"action": "DENNY"}))
+    made.take()
+    assert shape(made.policies["shop/p"]) == [[]]
+
+
 def test_one_bad_object_hurts_no_other() -> None:
     selector = {"matchLabels": {"app": "a"}}
     made = world(

@@ -182,6 +182,23 @@ async def test_of_two_writers_the_second_looks_again(told: Told) -> None:
     assert body["metadata"]["resourceVersion"] == "2" and body["status"]["conditions"][0] == theirs
 
 
+def test_two_that_disagree_take_turns_later_and_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "BACKOFF_S", (0.001, 0.016))
+
+    @with_api
+    async def turns(told: Told) -> None:
+        pauses = []
+        for number in range(1, 9):
+            told.put(authorization({}, resourceVersion=f"{number}"))  # the condition is not there any more
+            pauses.append(told.verdicts._due["AuthorizationPolicy", "shop/p"].pause_s)
+            await told.until(lambda number=number: told.verdicts.written == number)  # type: ignore[misc]
+        assert pauses == [0.001, 0.002, 0.004, 0.008, 0.016, 0.016, 0.016, 0.016]
+        told.put(authorization({}, generation=2))
+        assert told.verdicts._due["AuthorizationPolicy", "shop/p"].at_s == 0.0  # what is new is said at once
+
+    turns()
+
+
 @with_api
 async def test_what_is_gone_is_forgotten(told: Told) -> None:
     told.refuse = lambda method, path: (404, refusal("NotFound", "x")) if path.endswith("/p/status") else None
