@@ -21,6 +21,7 @@ from sidestep.control.metrics import Metrics
 from sidestep.control.records import Mesh
 from sidestep.control.sources import Sources
 from sidestep.control.translate import Cluster
+from sidestep.control.verdicts import Verdicts
 from sidestep.control.xds import Discovery
 from sidestep.kube.client import KubeClient, KubeError
 
@@ -54,7 +55,8 @@ async def serve(config: Config) -> int:
         gate = Gate(client, mesh, config.trusted)
         discovery = Discovery(gate, metrics)
         publisher = roots.Publisher(client, authority.roots_pem)
-        sources = Sources(client, mesh, discovery, publisher)
+        verdicts = Verdicts(client)
+        sources = Sources(client, mesh, discovery, publisher, verdicts)
         certificates = Certificates(gate, authority, config.trust_domain, config.max_ttl_s, metrics)
 
         def status() -> dict[str, Any]:
@@ -65,6 +67,7 @@ async def serve(config: Config) -> int:
                 "cluster_id": config.cluster_id,
                 "root": {"subject": authority.certificate.subject.rfc4514_string(), "unpublished": publisher.failed},
                 **sources.status(),
+                "conditions": verdicts.status(),
                 **discovery.status(),
             }
 
@@ -97,6 +100,7 @@ async def serve(config: Config) -> int:
             tasks = [
                 group.create_task(sources.run(), name="sources"),
                 group.create_task(publisher.run(), name="roots"),
+                group.create_task(verdicts.run(), name="verdicts"),
             ]
             await stop.wait()
             log.event("stop")
