@@ -126,7 +126,7 @@ static __always_inline int look(struct bpf_iter__tcp *ctx, __u32 fate)
                                         noted.isn = tcp->snd_una;
                                 fated = bpf_sk_storage_get(&fates, tcp, &noted, BPF_SK_STORAGE_GET_F_CREATE);
                         }
-                        if (fated && fated->fate != FATE_CAPTURED)
+                        if (fated && fated->fate != FATE_CAPTURED && fated->fate != FATE_PROBE)
                                 seen.kind = KIND_OLD;
                 }
         }

@@ -124,12 +124,20 @@ class Lab:
 
     def apply(self, *objects: dict[str, Any]) -> None:
         """Creates objects; the path is found from kind and namespace."""
-        paths = {"Pod": "pods", "Service": "services", "ServiceAccount": "serviceaccounts", "ConfigMap": "configmaps"}
+        paths = {
+            "Pod": "pods",
+            "Service": "services",
+            "ServiceAccount": "serviceaccounts",
+            "ConfigMap": "configmaps",
+            "AuthorizationPolicy": "authorizationpolicies",
+            "PeerAuthentication": "peerauthentications",
+        }
         for item in objects:
+            api = "/api/v1" if "/" not in item["apiVersion"] else f"/apis/{item['apiVersion']}"
             if item["kind"] == "Namespace":
                 path = "/api/v1/namespaces"
             else:
-                path = f"/api/v1/namespaces/{item['metadata']['namespace']}/{paths[item['kind']]}"
+                path = f"{api}/namespaces/{item['metadata']['namespace']}/{paths[item['kind']]}"
             self.ask(functools.partial(_create, path, item))
 
     def netns(self, pod: str) -> str:

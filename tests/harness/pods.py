@@ -213,11 +213,12 @@ class Cluster:
         if self._agent:
             self._agent.namespace_seen(namespace, mode)
 
-    def add(self, namespace: str, name: str, *ips: str, account: str = "default") -> Pod:
-        """A pod is placed on the node; with addresses it runs."""
+    def add(self, namespace: str, name: str, *ips: str, account: str = "default", probed: tuple[int, ...] = ()) -> Pod:
+        """A pod is placed on the node; with addresses it runs. `probed`: ports of its probes."""
         pod = Pod(
-            str(uuid.uuid4()), namespace, name, account, self._node, False, "Running", False, ips, "", False, "", True
-        )
+            str(uuid.uuid4()), namespace, name, account, self._node, False, "Running", False, ips, "", False, "", True,
+            probed,
+        )  # fmt: skip
         self._put(pod)
         return pod
 

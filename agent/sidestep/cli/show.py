@@ -88,6 +88,7 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
             "PODS": lambda row: row["pods"]["total"],
             "ENROLLED": lambda row: row["pods"]["enrolled"],
             "PENDING": lambda row: row["pods"]["pending"],
+            "PROBES": lambda row: "exempt" if row["probes"]["active"] else "not exempt",
             "UP": lambda row: _duration(row["uptime_s"]),
         },
         found,
@@ -100,6 +101,9 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
     refused = [row["control"].get("rejected") for row in found if row["control"].get("rejected")]
     for rejection in refused:
         print(f"\nthe control plane's last update was refused in part: {rejection}")
+    for row in found:
+        if not row["probes"]["active"]:
+            print(f"\n{_node(row)}: the kubelet's probes are clear text like any other: {row['probes']['reason']}")
     raw = sum(row["pods"]["raw"] for row in found)
     if raw:
         print(

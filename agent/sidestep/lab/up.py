@@ -248,6 +248,7 @@ def _processes(
             "--engine-socket", str(node.engine_socket), "--run-dir", str(node.run_dir), "--bpf-dir", str(node.bpf_dir),
             "--control", f"{cluster.ip4}:{XDS_PORT}", "--control-name", f"istiod.{SYSTEM_NAMESPACE}.svc",
             "--pod-netns-dir", str(node.pod_netns_dir), "--token-file", str(node.token_file),
+            "--kubelet-cgroup", str(root / node.cgroup / "kubelet"),
         ]  # fmt: skip
         for cidr in (cluster.pods4, cluster.pods6, cluster.services4, cluster.services6):
             agent += ["--cluster-cidr", str(cidr)]

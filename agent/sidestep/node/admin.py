@@ -17,6 +17,7 @@ from typing import Any
 from sidestep import __version__
 from sidestep.node import metrics
 from sidestep.node.agent import Agent
+from sidestep.node.capture import CaptureError
 from sidestep.node.dump import shaped
 from sidestep.node.engine import EngineError
 from sidestep.node.httpd import Handler, Request, Response, refuse
@@ -82,6 +83,11 @@ class Pages:
         for decision, count in packets.items():
             agent.metrics.set("sidestep_capture_packets_total", count, decision=decision)
         try:
+            for result, count in (await agent.captures.kubelet_counters()).items():
+                agent.metrics.set("sidestep_probe_syns_total", count, result=result)
+        except CaptureError:
+            pass  # nothing is attached: the last values stand
+        try:
             text = await agent.engine.metrics() if agent.engine.up else ""
         except EngineError:
             text = ""
@@ -106,6 +112,7 @@ class Pages:
             "engine": {"connected": agent.engine.up, **(dict(hello.info) if hello else {})},
             "control": self._control(),
             "settings": dict(agent.place.settings),
+            "probes": agent.probes.status(),
             "pods": {
                 "total": len(agent.pods),
                 "enrolled": sum(1 for pod in pods if pod["enrolled"]),
@@ -164,6 +171,7 @@ class Pages:
             },
             "netns_ino": resident.netns.ino if resident.netns else resident.captured_ino,
             "raw": pod.raw if pod else False,
+            "probed": list(pod.probed) if pod else [],
         }
 
     async def _certificates(self) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from sidestep.node import log
@@ -21,6 +22,7 @@ from sidestep.node.identities import Certificate, Identities
 from sidestep.node.metrics import Metrics
 from sidestep.node.netns import Netns, NetnsError, Record, Records
 from sidestep.node.pods import EXCLUDED_NAMESPACES, Pod, Verdict, eligible
+from sidestep.node.probes import Exemption, Ports
 from sidestep.node.reconcile import Capture, Desired, Serving, Step
 from sidestep.node.resident import ApiError, Names, PodStatus, Resident, Steps, restore
 
@@ -74,6 +76,7 @@ class Agent:
         records: Records,
         metrics: Metrics,
         uniform: Callable[[], float],
+        kubelet_cgroup: Path | None = None,
     ) -> None:
         self.place = place
         self.names = names
@@ -90,7 +93,8 @@ class Agent:
         self._authority = authority
         self._records = records
         self._known_records: dict[str, Record] = {}
-        self._steps = Steps(names, captures, self.engine, api, records, metrics, self._has_identity)
+        self.probes = Exemption(captures, kubelet_cgroup, self._probed)
+        self._steps = Steps(names, captures, self.engine, api, records, metrics, self._has_identity, self.probes.keep)
         self._engine_identities: dict[str, float] = {}
         self._asked = asyncio.Event()
         self._cached = asyncio.Event()
@@ -105,6 +109,7 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             self._group = group
             await self._restore()
+            await self.probes.keep()
             self.restored.set()
             group.create_task(self.engine.run(), name="engine")
             group.create_task(self._verify(), name="verify")
@@ -531,7 +536,21 @@ class Agent:
                 if resident.listeners and not verified.listeners and self.engine.up:
                     resident.listeners = False
                     resident.wake.set()
+            await self.probes.keep()
             self._gauges()
+
+    def _probed(self) -> tuple[Ports, bool]:
+        """Ports of captured pods that the kubelet may ask; port 0 stands for the pod. All of them, or is the API's list
+        still incomplete?
+        """
+        ports = {
+            (address, port)
+            for resident in self.residents.values()
+            if resident.capture is not Capture.ABSENT and resident.pod is not None
+            for address in resident.known_addresses
+            for port in (0, *resident.pod.probed)
+        }
+        return frozenset(ports), self.listed
 
     def _gauges(self) -> None:
         residents = list(self.residents.values())

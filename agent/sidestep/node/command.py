@@ -40,6 +40,7 @@ class Config:
     unknown: str
     drain_quiet_s: float
     pod_netns_dir: Path | None
+    kubelet_cgroup: Path | None
     token_file: Path | None
     state_file: Path | None
     system_namespace: str
@@ -70,6 +71,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--unknown", choices=("hold", "pass"), default="hold", help="cluster addresses without a record")
     add("--drain-quiet-s", type=float, default=10.0, metavar="S", help="quiet time before a released pod is let go")
     add("--pod-netns-dir", type=Path, metavar="DIR", help="where the runtime pins namespaces, named by pod UID")
+    add(
+        "--kubelet-cgroup", type=Path, metavar="DIR", help="the kubelet's cgroup2 directory (default: it is looked for)"
+    )
     add("--token-file", type=Path, metavar="FILE", help="service account token for the control plane")
     add("--state-file", type=Path, metavar="FILE", help="workloads and services instead of a control plane (tests)")
     add("--system-namespace", default="istio-system", metavar="NS", help="namespace of ConfigMap istio-ca-root-cert")
@@ -106,6 +110,7 @@ def config_of(args: argparse.Namespace) -> Config:
         unknown=args.unknown,
         drain_quiet_s=args.drain_quiet_s,
         pod_netns_dir=args.pod_netns_dir,
+        kubelet_cgroup=args.kubelet_cgroup,
         token_file=args.token_file,
         state_file=args.state_file,
         system_namespace=args.system_namespace,

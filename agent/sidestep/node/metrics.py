@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "sidestep_reconcile_steps_total": ("counter", "Steps that were performed for pods, by step and result"),
     "sidestep_capture_repairs_total": ("counter", "Programs found detached and put back"),
     "sidestep_capture_packets_total": ("counter", "Decisions of the programs in the pods, by decision"),
+    "sidestep_probe_syns_total": ("counter", "SYNs of the kubelet to enrolled pods: noted, refused_port, full"),
     "sidestep_pods_raw": ("gauge", "Enrolled pods that may send raw packets past capture (docs/threat-model.md)"),
     "sidestep_identities": ("gauge", "Certificates of this node, by state"),
     "sidestep_certificate_requests_total": ("counter", "Requests to the certificate authority, by result"),

@@ -66,6 +66,7 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
             records=Records(config.run_dir / "pods"),
             metrics=metrics,
             uniform=random.random,
+            kubelet_cgroup=config.kubelet_cgroup,
         )
         feed: Feed
         if files is not None and config.state_file is not None:
