@@ -406,7 +406,7 @@ async def served(case: Case, ca: Authority) -> AsyncIterator[grpc.aio.Channel]:
         for each in case.pods.values() if case.known else ():
             mesh.pod(f"{each['metadata']['namespace']}/{each['metadata']['name']}", objects.pod_of(each))
         gate = Gate(client, mesh, ["istio-system/ztunnel", "istio-system/sidestep-agent"])
-        service = Certificates(gate, ca, case.trust_domain, 86400, Metrics())
+        service = Certificates(gate, roots.Current(ca), case.trust_domain, 86400, Metrics())
         server = grpc.aio.server()
         server.add_generic_rpc_handlers((service.handlers(),))
         port = server.add_insecure_port("127.0.0.1:0")
@@ -600,7 +600,7 @@ def test_api_that_cannot_be_asked(capfd: pytest.CaptureFixture[str]) -> None:
         async with asyncio.timeout(HANG_S), kubernetes() as api, api.client() as client:
             api.answers = lambda method, path, body: (503, "away")
             gate = Gate(client, Mesh(Cluster(), "istio-system"), ["istio-system/ztunnel"])
-            service = Certificates(gate, authority.new("x", NOW), "cluster.local", 86400, Metrics())
+            service = Certificates(gate, roots.Current(authority.new("x", NOW)), "cluster.local", 86400, Metrics())
             server = grpc.aio.server()
             server.add_generic_rpc_handlers((service.handlers(),))
             port = server.add_insecure_port("127.0.0.1:0")
