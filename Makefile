@@ -16,10 +16,10 @@ DEBIAN := build-essential clang-16 llvm-16 clang-format-16 libclang-rt-16-dev li
 	ca-certificates containernetworking-plugins dnsmasq-base tcpdump postgresql python3-psycopg2 redis-server nginx-light wrk \
 	libcap2-bin libcmocka-dev curl
 
-.PHONY: setup build demo test check bench clean
+.PHONY: setup build bpffs demo test check bench clean
 .DEFAULT_GOAL := setup
 
-setup: build
+setup: build bpffs
 
 $(STAMP_APT): Makefile
 	@mkdir -p $(OUT)
@@ -38,13 +38,18 @@ $(STAMP_VENV): pyproject.toml $(STAMP_APT)
 build: $(STAMP_VENV)
 	@$(MAKE) --no-print-directory -f build.mk CLANG=$(CLANG) PY=$(PY) OUT=$(OUT) CFLAGS_C="$(CFLAGS_C)"
 
+# The lab's pins live there; a container or a small image may come without it.
+bpffs:
+	@mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf || \
+	  { echo "setup: /sys/fs/bpf must be a bpffs, and only root can mount one" >&2; exit 1; }
+
 demo: setup
 	@.venv/bin/python -m examples.shop.demo $(if $(KEEP),--keep)
 
 check: build
 	@$(MAKE) --no-print-directory -f build.mk check CLANG=$(CLANG) PY=$(PY) OUT=$(OUT) CFLAGS_C="$(CFLAGS_C)" FUZZ=$(FUZZ)
 
-test: check
+test: check bpffs
 	@.venv/bin/pytest $(PYTEST_ARGS)
 
 bench: setup

@@ -41,7 +41,7 @@
 #define FRONT 16                          /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
 #define REVIEW_TURN 1024 /* decisions in one turn of the loop, about a millisecond */
-#define REVIEW_CUT 32    /* decisions that a reset costs as much as */
+#define REVIEW_CUT 16    /* decisions that a reset costs as much as */
 
 _Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into the scratch buffer");
 
@@ -113,6 +113,8 @@ static void log_end(struct flow *f, enum event_flag flag, const char *why)
         bool out = f->way == WAY_OUTBOUND;
         size_t at = 0;
         const struct endpoint *to = out && f->hop.port ? &f->hop : &f->dst;
+        if (!event_log_room(w->engine->event, w->ev))
+                return;
 #define FIELD(...)                                                                                                     \
         do {                                                                                                           \
                 if (at < sizeof(extra))                                                                                \
@@ -308,7 +310,7 @@ static int connect_plain(struct flow *f, struct pod *in, const struct endpoint *
                 source.port = pod_tuple_port(in, &source.addr, loop_random(f->w));
                 if (source.port == 0)
                         return -EADDRNOTAVAIL;
-                fd = pod_connect(in, &source, to, true);
+                fd = pod_connect(in, &source, to, AIM_APPLICATION);
                 if (fd < 0) {
                         pod_tuple_remove(in, &source);
                 } else {
@@ -324,7 +326,7 @@ static int connect_application(struct flow *f, struct pod *in, const struct endp
 {
         struct endpoint source = {.addr = f->src.addr};
         int fd = plain ? connect_plain(f, in, to)
-                       : pod_connect(in, addr_equal(&source.addr, &to->addr) ? NULL : &source, to, true);
+                       : pod_connect(in, addr_equal(&source.addr, &to->addr) ? NULL : &source, to, AIM_APPLICATION);
         if (fd < 0)
                 return fd;
         f->b.io.fd = fd;
@@ -348,7 +350,7 @@ static void decide(struct flow *f);
 static void go_plain(struct flow *f, const struct workload *own, const struct route *r)
 {
         count_open(f, EVENT_SOURCE, own, r->dst, NULL, r->dst ? r->dst->identity : NULL, false);
-        int fd = pod_connect(f->pod, NULL, &r->next_hop, true);
+        int fd = pod_connect(f->pod, NULL, &r->next_hop, AIM_OUTSIDE);
         if (fd < 0) {
                 flow_reset(f, FLAG_CONNECT, strerror(-fd));
                 return;

@@ -41,7 +41,10 @@ struct denials {
 
 static void copy(char *to, size_t n, const char *from)
 {
-        snprintf(to, n, "%s", from ? from : "");
+        size_t len = from ? strnlen(from, n - 1) : 0;
+        if (len)
+                memcpy(to, from, len);
+        to[len] = 0;
 }
 
 static int64_t seconds(void)

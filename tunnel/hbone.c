@@ -427,7 +427,7 @@ struct tun *tun_accept(struct worker *w, struct pod *p, int fd, const struct end
 int tun_dial(struct worker *w, struct pod *p, struct identity *i, const struct endpoint *hop, struct tun **out)
 {
         struct seat *seat = seat_of_workload(w, p->workload);
-        int fd = seat ? pod_connect(p, NULL, hop, false) : -ENOENT;
+        int fd = seat ? pod_connect(p, NULL, hop, AIM_TUNNEL) : -ENOENT;
         if (fd < 0)
                 return fd;
         int limit = 20000;
@@ -645,7 +645,7 @@ static void digest(struct tun *t)
 }
 
 #define READ_AT_ONCE (64 << 10)
-#define TURN_BYTES (512 << 10) /* then others have their turn */
+#define TURN_BYTES (128 << 10) /* then others have their turn */
 
 static void receive(struct tun *t)
 {

@@ -99,6 +99,32 @@ static int transparent(int fd, int family)
         return result;
 }
 
+/*
+ * BBR paces: each burst arms a timer of the socket's, which costs a third of the engine's CPU per byte (decision 0007)
+ * and gains nothing inside a pod or between the nodes of one network. Where the namespace's default is a BBR, the
+ * engine's sockets take cubic; any other default, and sockets to outside of the mesh, stay as the administrator wants
+ * them. Before connect() or listen(): a socket that has begun to pace goes on.
+ */
+static void unpaced(int fd)
+{
+        static const char *const instead[] = {"cubic", "reno"};
+        for (unsigned i = 0; i < sizeof(instead) / sizeof(*instead); i++)
+                if (setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, instead[i], (socklen_t)strlen(instead[i])) == 0)
+                        return;
+}
+
+static bool paces(const struct pod *p)
+{
+        char name[16] = ""; /* TCP_CA_NAME_MAX */
+        socklen_t n = sizeof(name) - 1;
+        int fd = socket_inside(p, p->ipv6 ? AF_INET6 : AF_INET);
+        if (fd < 0)
+                return false;
+        bool yes = getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &n) == 0 && strncmp(name, "bbr", 3) == 0;
+        close(fd);
+        return yes;
+}
+
 static int listener_open(struct pod *p, enum role role, uint16_t port)
 {
         int family = p->ipv6 ? AF_INET6 : AF_INET, fd = socket_inside(p, family), result;
@@ -113,6 +139,8 @@ static int listener_open(struct pod *p, enum role role, uint16_t port)
         }
         set_int(fd, SOL_SOCKET, SO_MARK, ENGINE_MARK);
         set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+        if (p->paces)
+                unpaced(fd);
         if (role != ROLE_HBONE)
                 linger_reset(fd);
         else
@@ -182,6 +210,7 @@ int pod_open(struct pod *p, unsigned workers, char *error, size_t n)
 {
         uint16_t *ports[ROLES] = {&p->ports.outbound, &p->ports.inbound, &p->ports.hbone};
         p->ipv6 = has_ipv6(p);
+        p->paces = paces(p);
         for (int role = 0; role < ROLES; role++) {
                 int result = open_role(p, (enum role)role, workers, ports[role]);
                 if (result < 0) {
@@ -236,7 +265,7 @@ int pod_revive(struct pod *p, int listeners_map, int engine_sk, unsigned workers
 #define SPOOF_LAST 32767
 #define SPOOF_TRIES 32
 
-static int connect_once(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app)
+static int connect_once(struct pod *p, const struct endpoint *source, const struct endpoint *to, enum aim aim)
 {
         struct sockaddr_storage address;
         int family = addr_is_v4(&to->addr) ? AF_INET : AF_INET6, fd = socket_inside(p, family), result;
@@ -246,7 +275,9 @@ static int connect_once(struct pod *p, const struct endpoint *source, const stru
         set_int(fd, SOL_SOCKET, SO_MARK, ENGINE_MARK);
         if ((result = mark_ours(p, fd)) < 0)
                 goto fail;
-        if (towards_app)
+        if (p->paces && aim != AIM_OUTSIDE)
+                unpaced(fd);
+        if (aim != AIM_TUNNEL)
                 linger_reset(fd);
         if (source) {
                 int level = family == AF_INET ? SOL_IP : SOL_IPV6;
@@ -272,21 +303,21 @@ fail:
         return result;
 }
 
-int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app)
+int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, enum aim aim)
 {
         if (!source || source->port != 0)
-                return connect_once(p, source, to, towards_app);
+                return connect_once(p, source, to, aim);
         struct endpoint at = *source;
         for (int i = 0; i < SPOOF_TRIES; i++) {
                 uint32_t number;
                 if (getrandom(&number, sizeof(number), 0) != sizeof(number))
                         break;
                 at.port = (uint16_t)(SPOOF_FIRST + number % (SPOOF_LAST - SPOOF_FIRST));
-                int fd = connect_once(p, &at, to, towards_app);
+                int fd = connect_once(p, &at, to, aim);
                 if (fd != -EADDRNOTAVAIL && fd != -EADDRINUSE)
                         return fd;
         }
-        return connect_once(p, source, to, towards_app); /* nearly all are in use: any that the kernel finds */
+        return connect_once(p, source, to, aim); /* nearly all are in use: any that the kernel finds */
 }
 
 struct pod *pod_ref(struct pod *p)

@@ -4,8 +4,9 @@
  * with a mutex. A line that finds no room is counted and gone. The log thread empties the rings in turn, whole lines,
  * at most 4096 bytes (PIPE_BUF) a write, after poll() said that there is room, so that it can be told to stop while the
  * reader of a pipe stalls. It sleeps on an eventfd, and producers write to that only when it said that it sleeps: they
- * store the ring's head, then load "sleeping"; it stores "sleeping", then looks at the rings once more. Control
- * characters in a line become '?': a peer cannot forge a second line.
+ * store the ring's head, then load "state"; it stores LOG_SLEEPS, then looks at the rings once more. After lines came
+ * it rests first: for REST_MS only a ring that is half full wakes it, so that a busy engine does not pay a wake-up for
+ * each connection. Control characters in a line become '?': a peer cannot forge a second line.
  */
 #include "log.h"
 #include "table.h"
@@ -27,6 +28,7 @@
 #define LINE_MAX_LEN 2048
 #define WRITE_MAX 4096
 #define STOP_MS 1000
+#define REST_MS 20 /* a line of a busy engine comes out that much later at most */
 
 struct ring {
         _Alignas(64) _Atomic uint64_t head; /* written up to here, by the producer */
@@ -35,11 +37,14 @@ struct ring {
         char bytes[RING];
 };
 
+enum log_state { LOG_WORKS, LOG_RESTS, LOG_SLEEPS };
+
 struct log {
         int fd, wake_fd;
         unsigned rings;
         pthread_t thread;
-        _Atomic bool sleeping, stop;
+        _Atomic enum log_state state;
+        _Atomic bool stop;
         pthread_mutex_t shared;
         struct ring *ring; /* rings + 1 */
 };
@@ -52,19 +57,20 @@ uint64_t log_dropped(const struct log *l)
         return n;
 }
 
-static bool ring_put(struct ring *r, const char *line, size_t len)
+/* How many bytes wait in the ring afterwards; 0: no room, the line is gone. */
+static size_t ring_put(struct ring *r, const char *line, size_t len)
 {
         uint64_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
         uint64_t tail = atomic_load_explicit(&r->tail, memory_order_acquire);
         size_t at = head % RING, first = RING - at < len ? RING - at : len;
         if (RING - (head - tail) < len) {
                 atomic_fetch_add_explicit(&r->dropped, 1, memory_order_relaxed);
-                return false;
+                return 0;
         }
         memcpy(r->bytes + at, line, first);
         memcpy(r->bytes, line + first, len - first);
-        atomic_store(&r->head, head + len); /* ordered before the look at "sleeping" */
-        return true;
+        atomic_store(&r->head, head + len); /* ordered before the look at "state" */
+        return head + len - tail;
 }
 
 /* Whole lines, at most size bytes. */
@@ -93,7 +99,7 @@ static size_t line_start(char *out, const char *level)
 void log_line(struct log *l, unsigned ring, const char *level, const char *fmt, va_list ap)
 {
         char line[LINE_MAX_LEN];
-        bool kept;
+        size_t waiting;
         if (l->fd < 0)
                 return;
         size_t start = line_start(line, level), len = start;
@@ -105,14 +111,26 @@ void log_line(struct log *l, unsigned ring, const char *level, const char *fmt, 
                         line[i] = '?';
         line[len++] = '\n';
         if (ring < l->rings) {
-                kept = ring_put(&l->ring[ring], line, len);
+                waiting = ring_put(&l->ring[ring], line, len);
         } else {
                 pthread_mutex_lock(&l->shared); /* nobody holds it for longer than a copy */
-                kept = ring_put(&l->ring[l->rings], line, len);
+                waiting = ring_put(&l->ring[l->rings], line, len);
                 pthread_mutex_unlock(&l->shared);
         }
-        if (kept && atomic_load(&l->sleeping))
+        enum log_state state = atomic_load(&l->state);
+        if (waiting && (state == LOG_SLEEPS || (state == LOG_RESTS && waiting > RING / 2)))
                 eventfd_write(l->wake_fd, 1);
+}
+
+bool log_room(struct log *l, unsigned ring)
+{
+        struct ring *r = &l->ring[ring];
+        if (RING - (atomic_load_explicit(&r->head, memory_order_relaxed) -
+                    atomic_load_explicit(&r->tail, memory_order_acquire)) >=
+            LINE_MAX_LEN)
+                return true;
+        atomic_fetch_add_explicit(&r->dropped, 1, memory_order_relaxed);
+        return false;
 }
 
 /* Waits until the log takes bytes. False: told to stop and the time for that is over. */
@@ -187,24 +205,32 @@ static bool drain_all(struct log *l, uint64_t *told, uint64_t *stop_at)
         return any;
 }
 
+static void log_wait(struct log *l, int ms)
+{
+        struct pollfd wake = {.fd = l->wake_fd, .events = POLLIN};
+        eventfd_t unused;
+        if (poll(&wake, 1, ms) > 0)
+                eventfd_read(l->wake_fd, &unused);
+}
+
 static void *log_thread(void *arg)
 {
         struct log *l = arg;
         uint64_t told = 0, stop_at = 0;
-        struct pollfd wake = {.fd = l->wake_fd, .events = POLLIN};
         for (;;) {
                 bool stop = atomic_load(&l->stop);
-                if (drain_all(l, &told, &stop_at))
-                        continue;
-                if (stop)
+                if (drain_all(l, &told, &stop_at)) {
+                        atomic_store(&l->state, LOG_RESTS);
+                        if (!stop)
+                                log_wait(l, REST_MS);
+                } else if (stop) {
                         return NULL;
-                atomic_store(&l->sleeping, true);
-                if (!drain_all(l, &told, &stop_at)) {
-                        eventfd_t unused;
-                        if (poll(&wake, 1, -1) > 0)
-                                eventfd_read(l->wake_fd, &unused);
+                } else {
+                        atomic_store(&l->state, LOG_SLEEPS);
+                        if (!drain_all(l, &told, &stop_at))
+                                log_wait(l, -1);
                 }
-                atomic_store(&l->sleeping, false);
+                atomic_store(&l->state, LOG_WORKS);
         }
 }
 

@@ -35,6 +35,7 @@ struct pod {
         int netns, engine_sk, listeners_map;
         struct tunnel_ports ports;
         bool ipv6;
+        bool paces;        /* the namespace's congestion control would pace what the engine sends: see unpaced() */
         int fds[ROLES][8]; /* until the workers have taken them */
 
         atomic_int mode;
@@ -59,9 +60,9 @@ int pod_serve(struct pod *p);
 int pod_revive(struct pod *p, int listeners_map, int engine_sk, unsigned workers);
 
 /* A TCP socket in the pod's namespace, marked as the engine's, on its way to `to`. source NULL: the pod's own address;
- * source->port 0: any. towards_app: resets when it is closed early. -errno; *refused tells a refusal that came at once.
- */
-int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, bool towards_app);
+ * source->port 0: any. All but tunnels reset when they are closed early. -errno. */
+enum aim { AIM_APPLICATION, AIM_OUTSIDE, AIM_TUNNEL };
+int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, enum aim aim);
 
 /* Tuples: (address, port) of each client of an open plaintext connection, and of each socket of the engine towards an
  * application. An accepted socket that comes from a tuple of our own is our own SYN whose tag was lost. */

@@ -3,9 +3,9 @@
  * The engine's decision function without an engine: batches and questions on stdin, a line per answer on stdout. With a
  * number as argument every block of questions is asked that many times, and the line is how long one took.
  *
- * A block is a letter and a u32 (little endian): 'B' bytes of a state batch; 'Q' that many questions, each u16 length and
- * text of the identity, 16 bytes and u16 of the source, 16 bytes and u16 of the destination, whose workload is the one
- * that has the address. An answer: reason (enum rbac_reason), rule, policy or "-", dry run or "-".
+ * A block is a letter and a u32 (little endian): 'B' bytes of a state batch; 'Q' that many questions, each u16 length
+ * and text of the identity, 16 bytes and u16 of the source, 16 bytes and u16 of the destination, whose workload is the
+ * one that has the address. An answer: reason (enum rbac_reason), rule, policy or "-", dry run or "-".
  */
 #include <stdio.h>
 #include <stdlib.h>
