@@ -61,7 +61,6 @@ class ClusterApi:
             raise ApiError(f"ConfigMap {self._system_namespace}/{ROOT_CONFIG_MAP} has no {ROOT_KEY}")
         return str(data[ROOT_KEY]).encode()
 
-
     async def report(self, event: Mapping[str, Any]) -> None:
         """Writes an Event; one of that name that is there gets the new count, time and message. In a namespace that is
         going there is nothing to write.

@@ -1,0 +1,84 @@
+"""What the agents of this machine know of the mesh together: pods, workloads, services; and who can be asked of one.
+
+Every engine holds the records of the whole mesh, so those of one agent are enough; a pod is known to its node's agent.
+"""
+
+import ipaddress
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sidestep.cli.nodes import Answering, NodeError, asked, find, one_mesh
+from sidestep.cli.table import Row
+
+
+@dataclass(slots=True)
+class Mesh:
+    """`pods`: by NAMESPACE/NAME, of the nodes that answered; `workloads`, `services`: of the whole mesh, in the agent's
+    words (node/dump.py). `problems`: who could not be asked.
+    """
+
+    agents: Sequence[Answering] = ()
+    pods: Mapping[str, Row] = field(default_factory=dict)
+    workloads: Sequence[Row] = ()
+    services: Sequence[Row] = ()
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def trust_domain(self) -> str:
+        """Of this mesh."""
+        for agent in self.agents:
+            return str((agent.status.get("settings") or {}).get("trust_domain") or "cluster.local")
+        return "cluster.local"
+
+    def agent(self, node: str) -> Answering | None:
+        """The agent of a node, None where it is not to be asked from here."""
+        return next((agent for agent in self.agents if agent.name == node), None)
+
+    def named(self, namespace: str, name: str) -> list[Row]:
+        """The workloads of that name."""
+        return [each for each in self.workloads if (each.get("namespace"), each.get("name")) == (namespace, name)]
+
+    def at(self, address: str) -> Row | None:
+        """The workload that has an address."""
+        return next((each for each in self.workloads if address in (each.get("workloadIps") or ())), None)
+
+    def service_at(self, address: str) -> Row | None:
+        """The service that has an address."""
+        for each in self.services:
+            if address in [str(vip).rpartition("/")[2] for vip in each.get("vips") or ()]:
+                return each
+        return None
+
+
+def gather(lab: str, run_dirs: Iterable[Any]) -> Mesh:
+    """Asks the agents. Raises NodeError where there is none, where none answers, or where there are several meshes."""
+    agents, problems = asked(find(lab, run_dirs))
+    if not agents:
+        raise NodeError("; ".join(problems))
+    one_mesh(agents)
+    mesh = Mesh(agents, problems=problems)
+    pods: dict[str, Row] = {}
+    for agent in agents:
+        try:
+            pods |= {f"{row['namespace']}/{row['name']}": row for row in agent.node.ask("/pods")}
+        except NodeError as error:
+            problems.append(str(error))
+    mesh.pods = pods
+    for agent in agents:
+        try:
+            mesh.workloads, mesh.services = agent.node.ask("/workloads"), agent.node.ask("/services")
+            break
+        except NodeError as error:
+            problems.append(str(error))
+    return mesh
+
+
+def family(address: str) -> int:
+    """4 or 6. Raises ValueError."""
+    return ipaddress.ip_address(address).version
+
+
+def endpoint(address: str, port: int) -> str:
+    """IP:PORT, [IP]:PORT."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
