@@ -39,7 +39,10 @@ def unrelated(number: int, namespaces: int = 100) -> list[Policy]:
 def rules(i: int, hit: bool = False) -> list[Any]:
     """Two rules as people write them; `hit`: the second one matches CALLER."""
     return [
-        [[{"principals": [{"Exact": f"cluster.local/ns/ns{i}/sa/a{k}"} for k in range(4)]}], [{"destinationPorts": [80, 443]}]],
+        [
+            [{"principals": [{"Exact": f"cluster.local/ns/ns{i}/sa/a{k}"} for k in range(4)]}],
+            [{"destinationPorts": [80, 443]}],
+        ],
         [
             [{"namespaces": [{"Exact": "default" if hit else f"ns{i}"}], "notPrincipals": [{"Suffix": "/sa/nobody"}]}],
             [{"sourceIps": ["10.0.0.0/8", "fd00::/8"]}],
@@ -124,7 +127,9 @@ def start(pod: Pod, script: str, *words: str) -> subprocess.Popen[str]:
     return process
 
 
-def live(nodes: Nodes, client: Pod, server: Pod, connections: int = 10_000, policies: int = 1000) -> list[dict[str, object]]:
+def live(
+    nodes: Nodes, client: Pod, server: Pod, connections: int = 10_000, policies: int = 1000
+) -> list[dict[str, object]]:
     """Prints and returns how long APPLY takes with open connections: none, a tenth and all of them denied."""
     results: list[dict[str, object]] = []
     engine = nodes.clients[server.node]

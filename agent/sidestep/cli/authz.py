@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from sidestep.cli.mesh import Mesh, endpoint, family, gather
+from sidestep.cli.mesh import Mesh, endpoint, family, gather, not_as_written
 from sidestep.cli.nodes import NodeError
 from sidestep.cli.show import add_options
 from sidestep.cli.table import Row
@@ -321,6 +321,10 @@ def run(args: argparse.Namespace) -> int:
         chosen = pairs(callers(mesh, asked_from, notes), targets(mesh, asked_to, notes), notes)
         for caller, target in chosen[:CHECKS_MAX]:
             checks.append(ask(mesh, caller, target, notes))
+        unsaid = not_as_written(mesh)
+        for name in dict.fromkeys(each["name"] for check in checks for each in check["policies"]):
+            if name in unsaid:
+                notes.append(f"policy {name} is not in force as it is written: {unsaid[name]}")
     except (ValueError, NodeError) as error:
         for note in notes:
             print(f"sidestep authz: {note}", file=sys.stderr)

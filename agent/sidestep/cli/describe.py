@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from sidestep.cli.authz import NOWHERE, known_ports
-from sidestep.cli.mesh import Mesh, endpoint, family, gather
+from sidestep.cli.mesh import Mesh, endpoint, family, gather, not_as_written
 from sidestep.cli.nodes import Answering, NodeError
 from sidestep.cli.policies import SCOPES
 from sidestep.cli.show import add_options
@@ -94,7 +94,7 @@ def describe(mesh: Mesh, namespace: str, name: str) -> dict[str, Any]:
         for part, found in (
             ("certificate", lambda: _certificate(agent, identity)),
             ("connections", lambda: _connections(agent, key)),
-            ("policies", lambda: _policies(agent, addresses) if workload else []),
+            ("policies", lambda: _policies(mesh, agent, addresses) if workload else []),
             ("denials", lambda: denials(mesh, key, str(page["uid"]), addresses)),
         ):
             try:
@@ -122,7 +122,7 @@ def _connections(agent: Answering, key: str) -> dict[str, int]:
     return {"inbound": mine.count("inbound"), "outbound": mine.count("outbound")}
 
 
-def _policies(agent: Answering, addresses: Sequence[str]) -> list[dict[str, Any]]:
+def _policies(mesh: Mesh, agent: Answering, addresses: Sequence[str]) -> list[dict[str, Any]]:
     """The policies that select it, as the engine says that would decide: it is asked, and the verdict thrown away."""
     if not addresses:
         return []
@@ -130,6 +130,7 @@ def _policies(agent: Answering, addresses: Sequence[str]) -> list[dict[str, Any]
     question = {"identity": "", "source": NOWHERE[family(address)], "destination": endpoint(address, 1)}
     answer = agent.node.ask(f"/authz?{urlencode(question)}")
     records = {str(row.get("key")): row for row in agent.node.ask("/policies")}
+    unsaid = not_as_written(mesh)
     found = []
     for each in answer.get("policies") or ():
         record = records.get(str(each["name"]), {})
@@ -142,6 +143,7 @@ def _policies(agent: Answering, addresses: Sequence[str]) -> list[dict[str, Any]
                 "dry_run": bool(each.get("dry_run")),
                 "rules": len(record.get("rules") or ()),
                 "undecodable": str(record.get("undecodable") or ""),
+                "not_as_written": unsaid.get(str(each["name"]), ""),
             }
         )
     return found
@@ -165,7 +167,7 @@ def _print(page: Row) -> None:
     for name, text in _facts(page, now):
         print(f"{name + ':':<{width}} {text}")
     if page["policies"] is not None:
-        print("\npolicies that select it:")
+        print("\npolicies that select it" + (":" if page["enrolled"] else ", NOT ENFORCED, for it is not enrolled:"))
         table(
             {
                 "POLICY": lambda row: row["name"],
@@ -173,7 +175,7 @@ def _print(page: Row) -> None:
                 "SCOPE": lambda row: row["scope"] or "-",
                 "DRY RUN": lambda row: "yes" if row["dry_run"] else "no",
                 "RULES": lambda row: row["rules"],
-                "PROBLEM": lambda row: f"cannot be decoded: {row['undecodable']}" if row["undecodable"] else "",
+                "PROBLEM": _problem,
             },
             page["policies"],
             "none: everything is allowed" if page["record"] else "none: it has no record in the mesh",
@@ -193,6 +195,12 @@ def _print(page: Row) -> None:
             page["denials"],
             "none",
         )
+
+
+def _problem(policy: Row) -> str:
+    if policy["undecodable"]:
+        return f"cannot be decoded: {policy['undecodable']}"
+    return f"not in force as written: {policy['not_as_written']}" if policy["not_as_written"] else ""
 
 
 def _facts(page: Row, now: float) -> list[tuple[str, str]]:

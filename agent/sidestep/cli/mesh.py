@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sidestep.cli.nodes import Answering, NodeError, asked, find, one_mesh
+from sidestep.cli.nodes import Answering, NodeError, asked, control_addresses, control_status, find, one_mesh
 from sidestep.cli.table import Row
 
 
@@ -72,6 +72,22 @@ def gather(lab: str, run_dirs: Iterable[Any]) -> Mesh:
         except NodeError as error:
             problems.append(str(error))
     return mesh
+
+
+def not_as_written(mesh: Mesh) -> dict[str, str]:
+    """AuthorizationPolicies that the control plane could not make into what they say: NAMESPACE/NAME -> why. Empty
+    where it cannot be asked: `sidestep policies` complains about that.
+    """
+    found = {}
+    for address in control_addresses(mesh.agents):
+        try:
+            policies = control_status(address).get("policies") or ()
+        except NodeError:
+            continue
+        for row in policies:
+            if row.get("kind") == "AuthorizationPolicy" and not row.get("accepted"):
+                found[f"{row['namespace']}/{row['name']}"] = str(row.get("message") or row.get("reason"))
+    return found
 
 
 def family(address: str) -> int:

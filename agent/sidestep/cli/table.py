@@ -31,7 +31,7 @@ def duration(seconds: float | None) -> str:
 
 def listed(value: Any) -> str:
     """With commas; - for nothing."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "-")
+    return ",".join(map(str, value)) or "-" if isinstance(value, list | tuple) else str(value or "-")
 
 
 def size(count: Any) -> str:

@@ -113,7 +113,8 @@ class Identities:
         half = (certificate.not_after_s - certificate.not_before_s) / 2
         due = certificate.not_before_s + half * (1 - JITTER * self._uniform())
         # One that is already past its half (a clock that differs, an issuer that ends soon) is not asked for in a loop.
-        due = max(due, now_s + max(BACKOFF_FIRST_S, (certificate.not_after_s - now_s) / 2))
+        if due < now_s + BACKOFF_FIRST_S:
+            due = now_s + max(BACKOFF_FIRST_S, (certificate.not_after_s - now_s) / 2)
         if identity.roots != self._roots and identity.asking:
             due = min(due, self._soon(now_s))  # they changed while it was made
         self._known[uri] = Identity(uri, certificate, due_s=due, roots=self._roots)
