@@ -100,7 +100,9 @@ def demand(policy: Policy, root: str, last: Demand | None) -> Demand:
     if mode == DISABLE:
         notes.append("spec.mtls.mode: NOT ENFORCED as written: DISABLE acts as PERMISSIVE")
     ports = _ports(spec.get("portLevelMtls"), mode, faults, notes)
-    scope = SELECTOR if selector or blind else GLOBAL if policy.namespace == root else NAMESPACE
+    scope = GLOBAL if policy.namespace == root else NAMESPACE
+    if selector or (blind and policy.namespace == root):
+        scope = SELECTOR
     if selector and policy.namespace == root:
         notes.append("spec.selector: NOT ENFORCED: in the root namespace nothing can be selected")
     elif ports and not selector:

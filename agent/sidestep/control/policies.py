@@ -80,7 +80,7 @@ def authorization(policy: Policy, root: str, last: Ruling | None) -> Ruling:
     """
     spec = policy.spec if policy.spec is not None else {}
     if not isinstance(spec, Mapping):
-        spec, faults = {}, [f"spec: must be an object, is {shown(spec)}"]
+        spec, faults = {"action": "DENY"}, [f"spec: must be an object, is {shown(spec)}"]
     else:
         faults = [f"spec.{key}: nobody knows this field" for key in sorted(map(str, spec.keys() - _SPEC))]
     if any(spec.get(key) not in (None, [], {}) for key in ("targetRef", "targetRefs")):

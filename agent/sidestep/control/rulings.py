@@ -243,6 +243,15 @@ class Rulings:
             )
         return found
 
+    def tally(self) -> dict[str, int]:
+        """How many policies are in force as written, and how many are not."""
+        found = {"true": 0, "false": 0}
+        for kind, key in self.policies:
+            ruling = self.ruling(kind, key)
+            if ruling is not None:
+                found["true" if ruling.accepted else "false"] += 1
+        return found
+
     def _counts(self) -> dict[str, int]:
         """Workloads by namespace ("NS/"), by the record that they list ("NS/NAME"), and all ("")."""
         counts = {"": 0}

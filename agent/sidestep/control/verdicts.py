@@ -36,8 +36,8 @@ class _Due:
 
     policy: Policy
     ruling: Ruling
-    at_s: float = 0.0
-    pause_s: float = BACKOFF_S[0]
+    at_s: float
+    pause_s: float
 
 
 class Verdicts:
@@ -67,7 +67,9 @@ class Verdicts:
                 self.failed.pop(" ".join(key), None)
                 continue
             old = self._due.get(key)
-            self._due[key] = _Due(policy, ruling, old.at_s, old.pause_s) if old else _Due(policy, ruling)
+            self._due[key] = (
+                _Due(policy, ruling, old.at_s, old.pause_s) if old else _Due(policy, ruling, 0.0, BACKOFF_S[0])
+            )
             self._wake.set()
 
     def _log(self, key: Key, policy: Policy, ruling: Ruling) -> None:

@@ -78,6 +78,7 @@ async def serve(config: Config) -> int:
             return {
                 "records": ("Records that followers are served", "type", now["records"]),
                 "objects": ("Objects of the API that they are made from", "kind", sources.status()["objects"]),
+                "policies": ("Policies, by whether they are in force as written", "accepted", mesh.rulings.tally()),
                 "streams_open": ("Streams that are open", "kind", {"delta": len(now["streams"])}),
             }
 

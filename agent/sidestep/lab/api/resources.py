@@ -24,7 +24,7 @@ class Kind:
     selectable: tuple[str, ...] = ()
     has_status: bool = False
     has_generation: bool = False
-    also: tuple[str, ...] = ()  # older versions under which the same objects are served, in the shape of this one
+    also: tuple[str, ...] = ()  # older versions of the same shape, under which the same objects are served
 
     @property
     def api_version(self) -> str:
