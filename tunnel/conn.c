@@ -366,13 +366,15 @@ static void go_plain(struct flow *f, const struct workload *own, const struct ro
 
 /* -- may it ------------------------------------------------------------------------------------------------------- */
 
+/* Who asks to come in; NULL: nobody knows. */
+static const char *caller(const struct flow *f)
+{
+        return f->way == WAY_OUTBOUND ? f->pod->identity : f->by_hbone ? f->peer : NULL;
+}
+
 static void judge(const struct flow *f, const struct workload *dst, struct rbac_verdict *out)
 {
-        struct rbac_request request = {.identity = f->way == WAY_OUTBOUND ? f->pod->identity
-                                                   : f->by_hbone          ? f->peer
-                                                                          : NULL,
-                                       .source = f->src,
-                                       .destination = f->app};
+        struct rbac_request request = {.identity = caller(f), .source = f->src, .destination = f->app};
         rbac_decide(f->w->view, dst, &request, out);
 }
 
@@ -386,9 +388,7 @@ static void denied(struct flow *f, const struct pod *at, const struct workload *
                               .pod_uid = at->uid,
                               .src = f->src,
                               .dst = f->app,
-                              .identity = f->way == WAY_OUTBOUND ? f->pod->identity
-                                          : f->by_hbone          ? f->peer
-                                                                 : "",
+                              .identity = caller(f),
                               .policy = v->policy,
                               .reason = rbac_text(v, reason, sizeof(reason)),
                               .workload = dst};
@@ -416,13 +416,39 @@ static void let_in(struct flow *f, struct seat *seat, const struct workload *dst
         link_add(&seat->judged, &f->judged);
 }
 
+/* Connections of one pod to one port differ in nothing that policy looks at: judged once a turn. */
+#define MEMO 64
+struct memo {
+        const struct flow *like; /* of this turn: also a dead one keeps its memory until the end of it */
+        struct rbac_verdict verdict;
+};
+
+static bool alike(const struct flow *a, const struct flow *b)
+{
+        const char *x = caller(a), *y = caller(b);
+        return addr_equal(&a->src.addr, &b->src.addr) && a->app.port == b->app.port &&
+               addr_equal(&a->app.addr, &b->app.addr) && (x && y ? strcmp(x, y) == 0 : x == y);
+}
+
+static void judge_once(const struct flow *f, const struct workload *dst, struct memo *memo, struct rbac_verdict *out)
+{
+        uint32_t low;
+        memcpy(&low, f->src.addr.ip + 12, sizeof(low));
+        struct memo *m = &memo[((low ^ f->app.port) * 2654435761u >> 16) % MEMO];
+        if (!m->like || !alike(m->like, f)) {
+                judge(f, dst, &m->verdict);
+                m->like = f;
+        }
+        *out = m->verdict;
+}
+
 /* Returns what it cost, in decisions. */
-static unsigned judge_anew(struct flow *f, struct seat *seat)
+static unsigned judge_anew(struct flow *f, struct seat *seat, struct memo *memo)
 {
         struct rbac_verdict v;
         struct workload gone = {.namespace_ = seat->pod->namespace_};
         const struct workload *dst = view_workload(f->w->view, seat->pod->workload);
-        judge(f, dst ? dst : &gone, &v);
+        judge_once(f, dst ? dst : &gone, memo, &v);
         if (v.allow || v.reason == RBAC_NOT_RECEIVED || (!dst && v.reason != RBAC_DENIED)) {
                 f->epoch = seat->epoch;
                 link_add(&seat->judged, &f->judged);
@@ -437,13 +463,14 @@ void conn_review(struct worker *w)
         unsigned left = REVIEW_TURN;
         while (!link_alone(&w->stale)) {
                 struct seat *seat = container(w->stale.next, struct seat, stale);
+                struct memo memo[MEMO] = {0};
                 while (!link_alone(&seat->judged)) {
                         struct flow *f = container(seat->judged.next, struct flow, judged);
                         if (f->epoch == seat->epoch)
                                 break;
                         if (left == 0)
                                 return;
-                        unsigned cost = judge_anew(f, seat);
+                        unsigned cost = judge_anew(f, seat, memo);
                         left = left > cost ? left - cost : 0;
                 }
                 link_remove(&seat->stale);
@@ -487,7 +514,7 @@ static void note_complete(struct worker *w, struct pod *p)
 {
         struct identity *i;
         const struct workload *own = atomic_load(&p->complete) ? NULL : complete(w, p, &i);
-        if (own && view_policies_known(w->view, own))
+        if (own && !view_policy_missing(w->view, own))
                 atomic_store(&p->complete, true);
 }
 
@@ -655,7 +682,8 @@ static void give_up(struct flow *f)
                                 return;
                         }
                 }
-                snprintf(why, sizeof(why), "no policy that the record of %.200s names within 5 s", f->pod->workload);
+                const char *missing = view_policy_missing(w->view, own);
+                snprintf(why, sizeof(why), "policy not received yet: %.500s", missing ? missing : "none");
         } else if (!own) {
                 snprintf(why, sizeof(why), "no record of %.200s within 5 s", f->pod->workload);
         } else {

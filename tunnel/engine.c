@@ -697,13 +697,22 @@ static int parse_endpoint(const char *text, struct endpoint *out)
         return 0;
 }
 
+struct answer {
+        struct dump d;
+        size_t most; /* bytes */
+};
+
+/* One more of the list, where it fits. */
 static void explain(void *arg, const struct policy_record *p, int rule)
 {
-        struct dump *d = arg;
-        comma(d);
-        fputc('{', d->out);
-        json_text(d->out, "name", p->r.name);
-        fprintf(d->out, ",\"action\":\"%s\",\"dry_run\":%s,\"matched\":%s,\"rule\":%d}", p->deny ? "Deny" : "Allow",
+        struct answer *a = arg;
+        FILE *out = a->d.out;
+        if ((size_t)ftell(out) + 2 * strlen(p->r.name) + 128 > a->most)
+                return;
+        comma(&a->d);
+        fputc('{', out);
+        json_text(out, "name", p->r.name);
+        fprintf(out, ",\"action\":\"%s\",\"dry_run\":%s,\"matched\":%s,\"rule\":%d}", p->deny ? "Deny" : "Allow",
                 p->dry_run ? "true" : "false", rule < 0 ? "false" : "true", rule);
 }
 
@@ -726,20 +735,20 @@ int tunnel_authz(struct tunnel *t, const char *identity, const char *source, con
                 char ip[ENDPOINT_STRLEN];
                 snprintf(reason, sizeof(reason), "no workload at %s", addr_format(&request.destination.addr, ip));
         }
-        struct dump d = {.out = open_memstream(&text, &len)};
-        if (!d.out)
+        struct answer a = {.d.out = open_memstream(&text, &len), .most = out_len};
+        if (!a.d.out)
                 return -ENOMEM;
-        fprintf(d.out, "{\"allow\":%s,\"rule\":%d,", verdict.allow ? "true" : "false", verdict.rule);
-        json_text(d.out, "policy", verdict.policy);
-        fputc(',', d.out);
-        json_text(d.out, "reason", reason);
-        fputc(',', d.out);
-        json_text(d.out, "workload", w ? w->uid : "");
-        fputs(",\"policies\":[", d.out);
+        fprintf(a.d.out, "{\"allow\":%s,\"rule\":%d,", verdict.allow ? "true" : "false", verdict.rule);
+        json_text(a.d.out, "policy", verdict.policy);
+        fputc(',', a.d.out);
+        json_text(a.d.out, "reason", reason);
+        fputc(',', a.d.out);
+        json_text(a.d.out, "workload", w ? w->uid : "");
+        fputs(",\"policies\":[", a.d.out);
         if (w)
-                rbac_consider(v, w, &request, AUTHZ_POLICIES, explain, &d);
-        fputs("]}", d.out);
-        int result = fclose(d.out) != 0 ? -ENOMEM : len >= out_len ? -EMSGSIZE : 0;
+                rbac_consider(v, w, &request, AUTHZ_POLICIES, explain, &a);
+        fputs("]}", a.d.out);
+        int result = fclose(a.d.out) != 0 ? -ENOMEM : len >= out_len ? -EMSGSIZE : 0;
         if (result == 0)
                 memcpy(out, text, len + 1);
         free(text);

@@ -92,8 +92,8 @@ void view_route(const struct mesh_view *v, const struct workload *src, const str
                 struct route *out);
 /* For inbound labels: the first service of the workload whose target port is this one. "" where none. */
 void view_inbound_service(const struct mesh_view *v, const struct workload *w, uint16_t port, struct route *out);
-/* All policies that the record names have been received. */
-bool view_policies_known(const struct mesh_view *v, const struct workload *w);
+/* The first policy that the record names and that has not been received, NULL: none. */
+const char *view_policy_missing(const struct mesh_view *v, const struct workload *w);
 /* A number that changes when anything changes that decides about connections to this workload: its record, the policies
  * that select it. namespace_: where it is looked for while there is no record. */
 uint64_t view_stamp(const struct mesh_view *v, const char *uid, const char *namespace_);

@@ -446,12 +446,12 @@ void view_inbound_service(const struct mesh_view *v, const struct workload *w, u
 
 /* ---- policies ---- */
 
-bool view_policies_known(const struct mesh_view *v, const struct workload *w)
+const char *view_policy_missing(const struct mesh_view *v, const struct workload *w)
 {
         for (unsigned i = 0; i < w->npolicies; i++)
                 if (!view_policy(v, w->policies[i]))
-                        return false;
-        return true;
+                        return w->policies[i];
+        return NULL;
 }
 
 uint64_t view_stamp(const struct mesh_view *v, const char *uid, const char *namespace_)

@@ -6,9 +6,11 @@ pods hold connections across nodes.
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from sidestep.wire import batch
@@ -160,10 +162,8 @@ def live(
             holder.stdin.flush()
             if holder.stdout.readline() != f"{expected}\n":
                 raise RuntimeError(f"{name}: not the connections that were to be denied")
-            print(
-                f"change, {policies} policies, {connections} connections open, {name}: {took * 1000:.1f} ms (at most 100)",
-                flush=True,
-            )
+            what = f"change, {policies} policies, {connections} connections open, {name}"
+            print(f"{what}: {took * 1000:.1f} ms (at most 100)", flush=True)
             results.append(
                 {"row": name, "policies": policies, "connections": connections, "denied": expected, "ms": took * 1000}
             )
@@ -185,11 +185,8 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def live_alone() -> list[dict[str, object]]:
+def alone() -> list[dict[str, object]]:
     """`live` with nodes of its own."""
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name:
         with Nodes(Path(name), {"client": 0, "server": 1}, workers=2) as nodes:
             nodes.publish()

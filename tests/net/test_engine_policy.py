@@ -7,6 +7,7 @@ that the new state denies.
 
 import json
 import re
+import resource
 import secrets
 import select
 import socket
@@ -291,6 +292,71 @@ def test_a_new_deny_cuts_what_is_open(mesh: Mesh, way: str, family: int) -> None
         talk(*kept)
     with conversation(mesh, way, family):
         pass
+
+
+MANY = 1500
+
+
+def many(path: str, address: str) -> list[socket.socket]:
+    """MANY connections to PORT."""
+
+    def make() -> list[socket.socket]:
+        return [socket.create_connection((address, PORT), 20) for _ in range(MANY)]
+
+    return inside(path, make)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_apply_is_answered_when_the_last_of_many_is_cut(mesh: Mesh, way: str) -> None:
+    """More than one turn of the engine's loop can end: the answer waits for all of them, others go on meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    pod, engine = mesh.target(way), mesh.engine(mesh.target(way))
+    at = mesh["client"] if way == "local" else pod
+    try:
+        with ExitStack() as stack, conversation(mesh, way, port=PORT + 1) as kept:
+            listener = stack.enter_context(listen(pod.path, pod.address(), PORT, backlog=2 * MANY))
+            clients = [stack.enter_context(each) for each in many(mesh.caller(way), pod.address())]
+            for _ in clients:
+                stack.enter_context(listener.accept()[0])
+            assert len(open_flows(engine, at)) >= MANY
+            mesh.engine(pod).apply(model.records([policy("late", only(destinationPorts=[PORT]))]))
+            left = [each["dst"] for each in open_flows(engine, at)]
+            assert len(left) == 1
+            assert left[0].endswith(f":{PORT + 1}")
+            talk(*kept)
+            is_reset(*clients)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_of_many_those_that_are_denied_now(mesh: Mesh) -> None:
+    """Connections of several callers to several ports of one pod, and a change that is about some of each."""
+    server = mesh["server"]
+    router = f"/run/netns/{mesh.nodes.router}"
+    callers = {"client": mesh["client"].path, "near": mesh["near"].path, "plain": router}
+    ends: dict[tuple[str, int], list[tuple[socket.socket, socket.socket]]] = {}
+    with ExitStack() as stack:
+        for port in (PORT, PORT + 1):
+            listener = stack.enter_context(listen(server.path, server.address(), port))
+            for name, path in list(callers.items()) * 5:
+                client = stack.enter_context(connect(path, server.address(), port))
+                accepted, _ = listener.accept()
+                ends.setdefault((name, port), []).append((client, stack.enter_context(accepted)))
+        near = mesh["near"].identity.removeprefix("spiffe://")
+        mesh.set(
+            policy(
+                "some",
+                [[{"principals": [{"Exact": near}]}], [{"destinationPorts": [PORT + 1]}]],
+                [[{"notPrincipals": [{"Presence": []}], "destinationPorts": [PORT]}]],
+            )
+        )
+        for who, pairs in ends.items():
+            for pair in pairs:
+                if who in (("near", PORT + 1), ("plain", PORT)):
+                    is_reset(*pair)
+                else:
+                    talk(*pair)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -377,10 +377,10 @@ static void test_policies_close(void **unused)
 
         put_text(&w, 16, "shop/named");
         apply(m, one(SET, UID, "2", as_workload(w)), "");
-        assert_false(view_policies_known(mesh_view(m, 0), view_workload(mesh_view(m, 0), UID)));
+        assert_string_equal(view_policy_missing(mesh_view(m, 0), view_workload(mesh_view(m, 0), UID)), "shop/named");
         assert_false(allowed(m, "shop/named")); /* not known yet: closed */
         apply(m, one(POLICY, "shop/named", "1", policy("shop", 2, false)), "");
-        assert_true(view_policies_known(mesh_view(m, 0), view_workload(mesh_view(m, 0), UID)));
+        assert_null(view_policy_missing(mesh_view(m, 0), view_workload(mesh_view(m, 0), UID)));
         assert_false(allowed(m, "shop/named"));
         apply(m, one(POLICY, "shop/named", "2", policy("shop", 2, true)), "");
         assert_true(allowed(m, ""));
