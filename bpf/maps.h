@@ -16,8 +16,9 @@
 #define CAPTURE_MAX_PROBES 512       /* of a pod, at once */
 #define KUBELET_MAX_PORTS 16384
 #define KUBELET_MAX_NOTES 4096
-#define KUBELET_NOTE_NS 1000000000ULL /* a note's life, and how long a SYN may take from the pod's door to its socket  \
-                                       */
+#define KUBELET_NOTE_NS                                                                                                \
+        1000000000ULL /* a note's life, and how long a SYN may take from the pod's door to its socket                  \
+                       */
 #define KUBELET_REPLY_NS 30000000000ULL /* until when the application's socket must have sent its first packet */
 
 /* cdef begin */

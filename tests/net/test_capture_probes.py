@@ -246,6 +246,31 @@ def test_an_open_probe_lives_through_every_mode(
         engine.inbound.accept()[0].close()
 
 
+def test_a_probe_that_has_said_nothing_lives_through_a_change_of_mode(
+    world: World, application: socket.socket, engine: StandIn, closing: Close
+) -> None:
+    """The application's end has sent no packet, so only the connection's number says whose it is."""
+    client = world.probe()
+    served, _ = application.accept()
+    assert world.capture.counters()["probe"] == 1, "its SYN-ACK"
+    closing(client, served)
+    world.capture.set_mode(lib.MODE_DRAINING)
+    client.sendall(b"ping")
+    assert served.recv(10) == b"ping"
+    served.sendall(b"pong")
+    assert client.recv(10) == b"pong"
+    # The control: the application's end of a connection of the engine, which has said nothing either, is the engine's.
+    world.capture.set_mode(lib.MODE_STRICT)
+    connected = engine.connect(world.pod, PORT, (world.gateway(), 0))
+    taken, _ = application.accept()
+    closing(connected, taken)
+    turned = world.capture.counters()["turned"]
+    world.capture.set_mode(lib.MODE_DRAINING)
+    taken.sendall(b"to the engine")
+    assert connected.recv(100) == b"to the engine"
+    assert world.capture.counters()["turned"] > turned
+
+
 # -- not native ------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +399,48 @@ def test_the_tuple_of_a_probe_is_no_pass_for_the_next(
         eventually("the witness sees what leaves", lambda: b"shown" in payload_out(tap.flows(), world.link))
         assert canary not in payload_out(tap.flows(), world.link)
     assert world.capture.counters()["probe"] == 0
+
+
+def test_an_open_probe_is_no_way_out_for_raw_packets(
+    world: World, application: socket.socket, engine: StandIn, closing: Close
+) -> None:
+    """A process of the pod with CAP_NET_RAW sends a segment with the tuple of an open probe: it does not leave. The
+    control: what the application's own socket says does.
+    """
+    canary, said = secrets.token_hex(16).encode(), secrets.token_hex(16).encode()
+    client = world.probe()
+    served = world.native(application, client)
+    closing(client, served)
+    address, port = plain(client.getsockname())
+    header = b"".join(bytes.fromhex(mac(name).replace(":", "")) for name in (world.link.outside, world.link.pod))
+    frame = syn_frame(world.pod, PORT, address, port, header, flags=0x18, payload=canary)
+
+    def send() -> None:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as raw:
+            raw.sendto(frame, ("eth0", 3))
+
+    with Tap(world.link.outside_path, "eth0") as tap:
+        turned = world.capture.counters()["turned"]
+        inside(world.link.pod_path, send)
+        eventually("it was turned around", lambda: world.capture.counters()["turned"] > turned)
+        served.sendall(said)
+        assert client.recv(100) == said
+        eventually("the witness sees what leaves", lambda: said in payload_out(tap.flows(), world.link))
+        assert canary not in payload_out(tap.flows(), world.link)
+
+
+def test_what_finds_no_room_is_like_any_other(world: World, application: socket.socket, engine: StandIn) -> None:
+    """More ports than the map holds: an error, and those that are not in it are the engine's."""
+    world.check(application)
+    many = [(f"10.9.{n >> 8}.{n & 255}", 1) for n in range(16384)]
+    world.exemption.ports()
+    with pytest.raises(OSError, match="probe_ports, entry 16384 of 16386"):
+        world.exemption.ports(*many, *((address, PORT) for address in (world.link.pod4, world.link.pod6)))
+    with world.probe() as client:
+        taken, peer = engine.inbound.accept()
+        assert plain(peer) == plain(client.getsockname())
+        taken.close()
+    nobody(application)
 
 
 # -- attaching -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from sidestep.node import log
 from sidestep.node.capture import CaptureError, Captures
 
 SEARCH_S = 10.0  # between looks at all processes, while there is no kubelet
+LOST_S = 60.0  # one that was there comes back soon: so long it is looked for whenever asked
 NAME = "kubelet"
 ADVICE = "give --kubelet-cgroup DIR; until then probes are refused where PeerAuthentication is STRICT"
 
@@ -27,14 +28,19 @@ Ports = frozenset[tuple[str, int]]
 
 
 class NoCgroup(Exception):
-    """There is no directory of the kubelet; says why."""
+    """There is no directory of the kubelet; says why. `absent`: there is no kubelet at all."""
+
+    def __init__(self, why: str, absent: bool = False) -> None:
+        super().__init__(why)
+        self.absent = absent
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The kubelet's process and its directory."""
+    """The kubelet's process, its cgroup2 path as /proc says it, and the directory."""
 
     pid: int
+    path: str
     directory: Path
 
 
@@ -50,6 +56,7 @@ class Exemption:
         self._lock = asyncio.Lock()
         self._found: Found | None = None
         self._search_due = 0.0
+        self._eager_until = 0.0
         self._why_not = ""
         self._ports: tuple[Ports, bool] | None = None
         self._attached: bool | None = None
@@ -109,11 +116,12 @@ class Exemption:
         if self._given is not None:
             return await asyncio.to_thread(checked, self._given)
         now = asyncio.get_running_loop().time()
-        if self._found is not None and _is_kubelet(self._found.pid):
+        if self._found is not None and _still(self._found):
             return self._found.directory
-        if now < self._search_due:
+        if self._found is not None:
+            self._found, self._eager_until = None, now + LOST_S
+        if self._eager_until < now < self._search_due:
             raise NoCgroup(self._why_not)
-        self._found = None
         try:
             self._found = await asyncio.to_thread(search)
         except NoCgroup as err:
@@ -134,21 +142,28 @@ def checked(directory: Path) -> Path:
     return directory
 
 
-def search(proc: Path = Path("/proc"), mountinfo: Path = Path("/proc/self/mountinfo")) -> Found:
-    """The kubelet's process of this node and its directory. Raises NoCgroup."""
-    mount = _mount(mountinfo.read_text())
-    pids = [int(name) for name in os.listdir(proc) if name.isdigit() and _is_kubelet(int(name), proc)]
-    if len(pids) != 1:
-        raise NoCgroup(
-            f"there are {len(pids)} processes {NAME} of root beside the agent" if pids else "no kubelet found"
-        )
-    path = _unified((proc / str(pids[0]) / "cgroup").read_text())
+def search() -> Found:
+    """The kubelet's process of this node and its directory. Raises NoCgroup, or OSError where it ends meanwhile."""
+    mount = _mount(Path("/proc/self/mountinfo").read_text())
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and _is_kubelet(int(name))]
+    if not pids:
+        raise NoCgroup("no kubelet found", absent=True)
+    if len(pids) > 1:
+        raise NoCgroup(f"there are {len(pids)} processes {NAME} of root beside the agent")
+    path = _unified(Path(f"/proc/{pids[0]}/cgroup").read_text())
     if path in ("", "/") or ".." in path.split("/"):
         raise NoCgroup(f"the kubelet's cgroup2 directory is {path or 'unknown'}")
     directory = checked(mount / path.lstrip("/"))
     if str(pids[0]) not in (directory / "cgroup.procs").read_text().split():
         raise NoCgroup(f"the kubelet is not in {directory}: cgroup2 of the host is not what is mounted here")
-    return Found(pids[0], directory)
+    return Found(pids[0], path, directory)
+
+
+def _still(found: Found) -> bool:
+    try:
+        return _is_kubelet(found.pid) and _unified(Path(f"/proc/{found.pid}/cgroup").read_text()) == found.path
+    except OSError:
+        return False
 
 
 def _mount(mountinfo: str) -> Path:
@@ -160,16 +175,16 @@ def _mount(mountinfo: str) -> Path:
     raise NoCgroup("cgroup2 is not mounted")
 
 
-def _is_kubelet(pid: int, proc: Path = Path("/proc")) -> bool:
+def _is_kubelet(pid: int) -> bool:
     """A process that may be this node's kubelet: anybody can call himself so, but not root of the node's namespace
     outside of every pod.
     """
-    process = proc / str(pid)
+    process = Path("/proc") / str(pid)
     try:
         return (
             (process / "comm").read_text().strip() == NAME
             and "\nUid:\t0\t0\t0\t0\n" in (process / "status").read_text()
-            and (process / "ns/net").stat().st_ino == (proc / "self/ns/net").stat().st_ino
+            and (process / "ns/net").stat().st_ino == Path("/proc/self/ns/net").stat().st_ino
             and "kubepods" not in (process / "cgroup").read_text()
         )
     except OSError:
