@@ -249,9 +249,9 @@ class Stream:
 
 
 def record_name(url: str, name: str) -> str:
-    """The name under which the engine is given a resource: its own. A policy whose name the engine cannot take must
-    not be passed over: it comes under a name that is not its own and is therefore rejected, and stood in for in the
-    same namespace.
+    """The name under which the engine is given a resource: its own. A policy whose name is empty or too long for a
+    record must not be passed over: it comes under one that begins alike, so that it is in force, or stood in for, in
+    its namespace.
     """
     packed = name.encode()
     if url != AUTHORIZATION or 0 < len(packed) <= NAME_MAX:
@@ -271,7 +271,7 @@ def _listed(rejected: Mapping[str, str]) -> str:
 
 def _fill(batch: Batch, url: str, response: discovery_pb2.DeltaDiscoveryResponse) -> dict[str, str]:
     """Puts a response into a batch. Bodies are the resources' bytes as they came, whatever is in them. Returns what
-    cannot be a record under its own name: name -> reason.
+    cannot be a record at all: name -> reason.
     """
     policy = url == AUTHORIZATION
     rejected: dict[str, str] = {}
@@ -282,8 +282,6 @@ def _fill(batch: Batch, url: str, response: discovery_pb2.DeltaDiscoveryResponse
             continue  # it never was one
     for resource in response.resources:
         name, version = record_name(url, resource.name), resource.version
-        if name != resource.name:
-            rejected[resource.name] = f"a name of {len(resource.name.encode())} bytes"
         if len(version) > VERSION_MAX:
             version = ""
         try:
