@@ -122,8 +122,8 @@ static void unshelve(struct link *shelf, const char *uri)
         }
 }
 
-/* Server tunnels of this identity with another certificate take no new streams. */
-static void retire_servers(struct worker *w, const char *uri, const struct identity *now)
+/* Tunnels of this identity with another certificate than now. */
+static void recertify(struct worker *w, const char *uri, const struct identity *now)
 {
         for (int i = 0; i < LOOP_HASH; i++)
                 for (struct link *s = w->seats[i].next; s != &w->seats[i]; s = s->next) {
@@ -134,7 +134,7 @@ static void retire_servers(struct worker *w, const char *uri, const struct ident
                                 struct tun *t = container(l, struct tun, seat);
                                 next = l->next;
                                 if (t->identity && t->identity != now)
-                                        tun_retire(t);
+                                        tun_recertified(t, now);
                         }
                 }
 }
@@ -145,7 +145,7 @@ static void mail_identity(struct worker *w, void *arg)
         struct link *shelf = &w->identities[loop_hash(i->uri)];
         unshelve(shelf, i->uri);
         shelve(shelf, i);
-        retire_servers(w, i->uri, i);
+        recertify(w, i->uri, i);
         w->look_again = true;
         loop_wake(w);
 }
@@ -154,7 +154,7 @@ static void mail_identity_gone(struct worker *w, void *arg)
 {
         const char *uri = arg;
         unshelve(&w->identities[loop_hash(uri)], uri);
-        retire_servers(w, uri, NULL);
+        recertify(w, uri, NULL);
         w->look_again = true;
         loop_wake(w);
 }

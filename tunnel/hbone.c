@@ -16,7 +16,8 @@
  *
  * A client tunnel belongs to one pod and one set of expected identities (pool.c); a server tunnel to the pod it arrived
  * at. It takes no new stream once its own certificate, or the record that it was opened for, is replaced, and closes
- * with its last one; at the first end of a certificate of either chain it is cut.
+ * with its last one; it is cut at the first end of a certificate of either chain, and when the root of its peer's is
+ * not trusted any more.
  */
 #include <errno.h>
 #include <netinet/tcp.h>
@@ -546,14 +547,19 @@ void tun_free_dead(struct worker *w)
 
 /* -- coming up ---------------------------------------------------------------------------------------------------- */
 
+#define UNTRUSTED "the root of the peer's certificate is not trusted any more"
+
 /* Who is at the other end? NULL, or what is wrong. */
 static const char *check_peer(struct tun *t)
 {
         char own[256], theirs[256];
         int64_t until_s;
-        const char *wrong = tls_peer(&t->tls, t->peer, &until_s);
+        const char *wrong = tls_peer(&t->tls, t->peer, &until_s, t->root);
+        const struct identity *now = worker_identity(t->w, t->pod->identity);
         if (wrong)
                 return wrong;
+        if (now && !identity_trusts(now, t->root))
+                return UNTRUSTED; /* changed while it came up */
         if (until_s < t->until_s)
                 t->until_s = until_s;
         if (t->server) {
@@ -565,6 +571,14 @@ static const char *check_peer(struct tun *t)
                 if (strcmp(t->sans[i], t->peer) == 0)
                         return NULL;
         return "peer has another identity than the destination";
+}
+
+void tun_recertified(struct tun *t, const struct identity *now)
+{
+        if (now && t->state == TUN_OPEN && !identity_trusts(now, t->root))
+                tun_fail(t, FLAG_IDENTITY_ERROR, UNTRUSTED);
+        else
+                tun_retire(t);
 }
 
 static void set_ping(struct tun *t)

@@ -31,7 +31,7 @@ from tests.harness import hbone_peer
 from tests.harness.cluster import Nodes, Pod
 from tests.harness.engine import Client
 from tests.harness.netns import connect, inside, listen, run
-from tests.harness.pki import Leaf
+from tests.harness.pki import Authority, Leaf
 from tests.tunnel import policy_model as model
 from tests.tunnel.policy_model import Policy
 
@@ -855,7 +855,7 @@ def test_an_identity_without_certificate_fails_with_a_line(tmp_path: Path, way: 
             pass
 
 
-SOON = timedelta(seconds=3)
+SOON = timedelta(seconds=4)
 
 
 @pytest.mark.parametrize("whose", ["own", "the client's"])
@@ -903,3 +903,29 @@ def test_as_client_no_tunnel_outlives_a_certificate(tmp_path: Path, whose: str) 
             with connect(client.path, server.address(), PORT) as end:
                 end.sendall(b"x")
                 assert end.recv(1) == b"x"
+
+
+def test_a_root_is_rotated(tmp_path: Path) -> None:
+    """Two roots overlap: nothing fails. When the old one goes, what it had verified is cut, the rest goes on."""
+    with Nodes(tmp_path, {"client": 0, "server": 1}) as nodes:
+        mesh, old, new = Mesh(nodes), nodes.authority, Authority("another root")
+        nodes.publish()
+
+        def certify(authority: Authority, *trusted: Authority) -> None:
+            for pod in (nodes["client"], nodes["server"]):
+                leaf = authority.leaf(pod.identity)
+                roots = "".join(each.leaf(pod.identity).roots for each in trusted)
+                nodes.certify(pod, Leaf(leaf.key, leaf.chain, roots))
+
+        with conversation(mesh, "hbone") as first:
+            certify(old, old, new)
+            talk(*first)
+            certify(new, old, new)
+            with conversation(mesh, "hbone", port=PORT + 1) as second:
+                talk(*first)
+                certify(new, new)
+                is_reset(*first)
+                talk(*second)
+        logged(mesh, nodes["client"], "the root of the peer's certificate is not trusted any more")
+        with conversation(mesh, "hbone"):
+            pass
