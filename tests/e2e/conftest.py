@@ -23,9 +23,23 @@ while True:
 """
 
 
-def pod(name: str, node: str, command: list[str], port: int = 0, namespace: str = "world") -> list[dict[str, Any]]:
+POSTGRES = """
+set -eu
+bin=$(ls -d /usr/lib/postgresql/*/bin | tail -n 1)
+"$bin/initdb" -D /data/pg -U world -A trust -E UTF8 --locale=C >/dev/null
+echo "host all all 0.0.0.0/0 trust" >>/data/pg/pg_hba.conf
+echo "host all all ::/0 trust" >>/data/pg/pg_hba.conf
+exec "$bin/postgres" -D /data/pg -c listen_addresses='*' -c unix_socket_directories=/data -c fsync=off
+"""
+
+
+def pod(
+    name: str, node: str, command: list[str], port: int = 0, namespace: str = "world", user: int = 0
+) -> list[dict[str, Any]]:
     """A pod with a service account of its own and, with a port, a Service."""
     container: dict[str, Any] = {"name": "main", "image": "host", "command": command}
+    if user:
+        container["securityContext"] = {"runAsUser": user, "runAsGroup": user}
     if port:
         container["ports"] = [{"containerPort": port}]
         container["readinessProbe"] = {"tcpSocket": {"port": port}, "periodSeconds": 1}
@@ -63,7 +77,7 @@ def pod(name: str, node: str, command: list[str], port: int = 0, namespace: str 
 
 
 def world() -> list[dict[str, Any]]:
-    """client and near on node1; server, banner, redis, web, db on node2."""
+    """client and near on node1; server, banner, redis, web and db (PostgreSQL) on node2."""
     customers = str(build_customers())
     objects: list[dict[str, Any]] = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "world"}}]
     objects += pod("client", "node1", ["sleep", "infinity"])
@@ -85,6 +99,7 @@ def world() -> list[dict[str, Any]]:
         "/data",
     ]
     objects += pod("redis", "node2", redis, 6379)
+    objects += pod("db", "node2", ["sh", "-c", POSTGRES], 5432, user=65534)
     objects += pod(
         "web", "node2", ["/usr/bin/python3", "-m", "http.server", "8080", "--bind", "::", "-d", "/usr/share/doc"], 8080
     )

@@ -1,4 +1,4 @@
-"""What crosses the link between two enrolled pods, for four protocols, with the control that the check can fail."""
+"""What crosses the link between two enrolled pods, for five protocols, with the control that the check can fail."""
 
 import secrets
 
@@ -47,11 +47,19 @@ for _ in range(100):
     assert got == {canary!r}.encode(); total += 2 * len(got)
 print(total)
 """
-PROGRAMS = {"web": HTTP, "redis": REDIS, "banner": BANNER, "server": ECHO}
+POSTGRES = """
+import psycopg2
+db = psycopg2.connect(host={target!r}, user="world", dbname="postgres", connect_timeout=20, sslmode="disable")
+c = db.cursor()
+c.execute("SELECT repeat(%s, 2000)", ({canary!r},))
+assert c.fetchone()[0] == {canary!r} * 2000
+print(2001 * len({canary!r}))
+"""
+PROGRAMS = {"db": POSTGRES, "web": HTTP, "redis": REDIS, "banner": BANNER, "server": ECHO}
 
 
 def talk(lab: Lab, family: int, canary: str) -> tuple[list[Flow], int]:
-    """Speaks all four protocols across the link; returns the flows opened meanwhile and the application's bytes."""
+    """Speaks all five protocols across the link; returns the flows opened meanwhile and the application's bytes."""
     total = 0
     with lab.tap() as tap:
         for name, program in PROGRAMS.items():

@@ -161,6 +161,13 @@ class Lab:
         self.ask(lambda client: client.delete(f"/api/v1/namespaces/{namespace}/pods/{name}"))
         eventually(f"{pod} gone", lambda: name not in [item["metadata"]["name"] for item in self.pods(namespace)])
 
+    def counter(self, name: str, node: str = "node1") -> float:
+        """A metric of a node's agent and engine, summed over its labels."""
+        page = self.command("exec", "--node", node, "--", "curl", "-sS", "http://localhost:15020/metrics").stdout
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith((f"{name}{{", f"{name} "))
+        )
+
     # -- the mesh ----------------------------------------------------------------------------------------------------
     def label(self, namespace: str, value: str | None) -> None:
         """Sets or removes the label that decides."""

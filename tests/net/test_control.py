@@ -278,7 +278,17 @@ def test_what_is_not_enforced_is_said(cluster: Cluster) -> None:
         lines = [line for line in mesh.cluster.control.text().splitlines() if " policy_not_enforced " in line]
         assert len(lines) == 2 and all("level=WARN" in line for line in lines)
 
-        await asyncio.to_thread(mesh.cluster.restart)  # which remembers nothing: it denies all that it selects
+        kept = f"/api/v1/namespaces/{SYSTEM}/configmaps/sidestep-policies"
+        while (await mesh.status())["remembered"] != {"versions": 1, "failed": ""}:
+            await asyncio.sleep(0.02)
+        written = (await mesh.kube.get(f"{AP}/good"))["metadata"]["resourceVersion"]
+        await asyncio.to_thread(mesh.cluster.restart)
+        after = await mesh.follow(AUTHORIZATION)
+        assert shape(after.policies["shop/good"]) == [[[{"destination_ports": [80]}]]]
+        assert (await mesh.kube.get(f"{AP}/good"))["metadata"]["resourceVersion"] == written  # nothing to say anew
+
+        await mesh.kube.delete(kept)
+        await asyncio.to_thread(mesh.cluster.restart)  # the control: without what was kept it denies all
         after = await mesh.follow(AUTHORIZATION)
         assert shape(after.policies["shop/good"]) == [[]] and after.policies["shop/good"].action == pb.DENY
         said = await condition(mesh, f"{AP}/good", lambda each: "denies all" in each["message"])

@@ -322,8 +322,8 @@ def test_disable_and_what_cannot_be_are_said() -> None:
         peer(DISABLE, name="one"),
         peer(app="a", ports={"9090": DISABLE}, name="two"),
         peer(STRICT, app="a", namespace=ROOT, name="three"),
-        peer(STRICT, ports={"1": PERMISSIVE}, name="four"),
-        peer(STRICT, name="five"),
+        peer(STRICT, ports={"1": PERMISSIVE}, name="four", namespace="x"),
+        peer(STRICT, name="five", namespace="y"),
     )
     said = {each["name"]: each for each in made.mesh.rulings.report()}
     assert "DISABLE acts as PERMISSIVE" in said["one"]["message"] and said["one"]["action"] == DISABLE
@@ -333,6 +333,29 @@ def test_disable_and_what_cannot_be_are_said() -> None:
     assert all(each["reason"] == "UnsupportedValue" for each in said.values() if not each["accepted"])
     assert made.mesh.rulings.tally() == {"true": 1, "false": 4}
     assert said["five"]["message"] == "accepted" and said["five"]["kind"] == "PeerAuthentication"
+
+
+def test_who_is_hidden_by_an_older_one_is_told() -> None:
+    made = world(
+        peer(STRICT, name="wide", creationTimestamp="2026-01-03T00:00:00Z"),
+        peer(PERMISSIVE, name="older", creationTimestamp="2026-01-02T00:00:00Z"),
+        peer(STRICT, name="own", app="a", creationTimestamp="2026-01-01T00:00:00Z"),
+        peer(STRICT, name="other", app="b", creationTimestamp="2026-01-04T00:00:00Z"),
+        peer(DISABLE, name="same", app="a", creationTimestamp="2026-01-01T00:00:00Z"),
+        peer(STRICT, name="elsewhere", namespace="other", creationTimestamp="2026-01-05T00:00:00Z"),
+    )
+
+    def said() -> dict[str, str]:
+        return {each["name"]: each["message"] for each in made.mesh.rulings.report() if not each["accepted"]}
+
+    assert said().keys() == {"wide", "same"}
+    assert said()["wide"] == "NOT ENFORCED: shop/older is older, and selects the same"
+    assert said()["same"].startswith("NOT ENFORCED: shop/own is older") and "DISABLE acts" in said()["same"]
+    reasons = {each["reason"] for each in made.mesh.rulings.report()}
+    assert reasons == {"Accepted", "Overridden"}
+    made.mesh.rulings.changed.clear()
+    made.put(peer(PERMISSIVE, name="older", creationTimestamp="2026-01-02T00:00:00Z"), there=False)
+    assert said().keys() == {"same"} and ("PeerAuthentication", "shop/wide") in made.mesh.rulings.changed
 
 
 # (changes to the spec of one that selects app=a, the field, can the selector be read)
@@ -433,6 +456,53 @@ def test_a_deny_that_cannot_be_read_keeps_its_last_version() -> None:
     made.put(fine)
     assert made.take() == set() and shape(made.policies["shop/p"]) == [[[{"destination_ports": [80]}]]]
     assert made.mesh.rulings.report()[0]["accepted"]
+
+
+def test_what_stands_in_is_recalled_for_the_same_object_only() -> None:
+    app = {"selector": {"matchLabels": {"app": "a"}}}
+    things = [
+        authorization({"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["80"]}}]}]} | app, name="deny"),
+        authorization({"rules": [{}]} | app, name="allow"),
+        peer(PERMISSIVE, app="a", name="peer"),
+        authorization({"rules": [{}]} | app, name="fine"),
+    ]
+    bad = copy.deepcopy(things[:3])
+    bad[0]["spec"]["rules"] = bad[1]["spec"]["rules"] = [7]
+    bad[2]["spec"]["mtls"] = 7
+    made = world(pod("a", app="a"), *things)
+    assert made.mesh.rulings.kept() == {}
+    for each in bad:
+        made.put(each)
+    made.take()
+    kept = made.mesh.rulings.kept()
+    assert {name for _, name in kept} == {"shop/deny", "shop/allow", "shop/peer"}
+
+    fresh = World()
+    fresh.mesh.rulings.recall(kept)
+    for each in (pod("a", app="a"), *bad, things[3]):
+        fresh.put(each)
+    fresh.take()
+    assert (fresh.policies, fresh.workloads) == (made.policies, made.workloads)
+    assert fresh.mesh.rulings.report() == made.mesh.rulings.report() and fresh.mesh.rulings.kept() == kept
+    for each in things:
+        fresh.put(each)
+    assert fresh.mesh.rulings.kept() == {}
+
+    others = World()
+    others.mesh.rulings.recall(kept)
+    for each in bad:
+        others.put(each | {"metadata": each["metadata"] | {"uid": "another"}})
+    others.take()
+    assert shape(others.policies["shop/deny"]) == [[]] and others.mesh.rulings.kept() == {}
+
+
+def test_what_was_read_and_is_not_enforced_ends_what_was() -> None:
+    rules = {"rules": [{"to": [{"operation": {"ports": ["80"]}}]}]}
+    made = world(authorization(rules | {"action": "DENY"}))
+    made.put(authorization(rules | {"action": "AUDIT"}))
+    made.put(authorization(rules | {"action": "DENNY"}))
+    made.take()
+    assert shape(made.policies["shop/p"]) == [[]]
 
 
 def test_one_bad_object_hurts_no_other() -> None:

@@ -65,7 +65,7 @@ class Told:
         """Everything due has been tried: one that came last has been, and its answer is there."""
         self._last += 1
         name = f"last{self._last}"
-        self.put(peer("STRICT", name=name))
+        self.put(authorization({}, name=name))
         await self.until(lambda: any(each == name for each, _ in self.statuses))
         await self.until(lambda: self.verdicts.written == len(self.statuses))
 
@@ -180,6 +180,23 @@ async def test_of_two_writers_the_second_looks_again(told: Told) -> None:
     await told.until(lambda: "p" in told.names())
     _, body = told.statuses[-1]
     assert body["metadata"]["resourceVersion"] == "2" and body["status"]["conditions"][0] == theirs
+
+
+def test_two_that_disagree_take_turns_later_and_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "BACKOFF_S", (0.001, 0.016))
+
+    @with_api
+    async def turns(told: Told) -> None:
+        pauses = []
+        for number in range(1, 9):
+            told.put(authorization({}, resourceVersion=f"{number}"))  # the condition is not there any more
+            pauses.append(told.verdicts._due["AuthorizationPolicy", "shop/p"].pause_s)
+            await told.until(lambda number=number: told.verdicts.written == number)  # type: ignore[misc]
+        assert pauses == [0.001, 0.002, 0.004, 0.008, 0.016, 0.016, 0.016, 0.016]
+        told.put(authorization({}, generation=2))
+        assert told.verdicts._due["AuthorizationPolicy", "shop/p"].at_s == 0.0  # what is new is said at once
+
+    turns()
 
 
 @with_api

@@ -3,7 +3,9 @@
 A *demand* is what one object asks for: a mode, a selector, modes of ports. STRICT as a whole is the same record for
 everybody (`strict`); a demand with modes of ports has a record of its own, which takes the place of that one. For a
 workload the demand that selects it decides, else its namespace's, else that of the root namespace; of several of one
-kind the oldest. UNSET asks the next. DISABLE is PERMISSIVE: what carries an identity cannot be turned away here.
+kind the oldest, and the others are said to have no effect. UNSET asks the next. DISABLE is PERMISSIVE: what carries an
+identity cannot be turned away here.
+
 Upstream has gaps in what it makes of modes of ports beside an UNSET or PERMISSIVE one (a STRICT port that is not denied
 where the root is STRICT too, a workload that lists a record that is not there); here a port has its own mode, else its
 demand's, else the inherited one.
@@ -15,7 +17,7 @@ namespace a selector selects nothing, as upstream.)
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sidestep.control.objects import Labels, Policy
@@ -24,6 +26,7 @@ from sidestep.control.policies import (
     GLOBAL,
     INVALID,
     NAMESPACE,
+    OVERRIDDEN,
     SELECTOR,
     UNSUPPORTED,
     Ruling,
@@ -71,8 +74,26 @@ class Demand:
         """The name of its own record."""
         return f"{self.namespace}/{CONVERTED}{self.name}"
 
-    def ruling(self, entry: Entry | None) -> Ruling:
-        """What is said about it."""
+    def ruling(self, entry: Entry | None, others: Iterable["Demand"]) -> Ruling:
+        """What is said about it. `others`: those of its namespace; an older one may leave it without effect."""
+        first = min((each for each in others if each.hides(self)), key=lambda each: each.age, default=None)
+        if first is not None:
+            line = f"NOT ENFORCED: {first.namespace}/{first.name} is older, and selects the same"
+            return replace(self, reason=self._worse(), not_enforced=(line, *self.not_enforced))._said(entry)
+        return self._said(entry)
+
+    def hides(self, other: "Demand") -> bool:
+        """Whether it decides for all workloads that another selects."""
+        if self.blind or other.blind or self.age >= other.age:
+            return False
+        if self.selector and other.selector:
+            return self.selector <= other.selector
+        return not self.selector and not other.selector
+
+    def _worse(self) -> str:
+        return INVALID if self.reason == INVALID else OVERRIDDEN
+
+    def _said(self, entry: Entry | None) -> Ruling:
         accepted = self.reason == ACCEPTED
         message = "accepted" if accepted else bounded(self.not_enforced)
         return Ruling(
@@ -119,18 +140,7 @@ def demand(policy: Policy, root: str, last: Demand | None) -> Demand:
     lines = tuple([f"NOT ENFORCED, {what}: {fault}" for fault in faults] + notes)
     if last is not None:
         lines += tuple(line for line in last.not_enforced if line not in lines)
-        return Demand(
-            last.namespace,
-            last.name,
-            last.created,
-            last.mode,
-            last.selector,
-            last.ports,
-            last.scope,
-            last.blind,
-            INVALID,
-            lines,
-        )
+        return replace(last, reason=INVALID, not_enforced=lines)
     return Demand(policy.namespace, policy.name, policy.created, STRICT, selector, (), scope, blind, INVALID, lines)
 
 

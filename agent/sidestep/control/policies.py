@@ -26,6 +26,7 @@ from sidestep.wire.delta import Entry
 from sidestep.wire.pb import authorization_pb2 as pb
 
 ACCEPTED, UNSUPPORTED, INVALID, WAYPOINT = "Accepted", "UnsupportedValue", "Invalid", "TargetRefs"
+OVERRIDDEN = "Overridden"
 GLOBAL, NAMESPACE, SELECTOR = "GLOBAL", "NAMESPACE", "WORKLOAD_SELECTOR"
 MESSAGE = 4000  # characters of a condition's message
 _SCOPES = {GLOBAL: pb.GLOBAL, NAMESPACE: pb.NAMESPACE, SELECTOR: pb.WORKLOAD_SELECTOR}

@@ -4,10 +4,11 @@ Pods are kept in *groups*: those of one namespace with the same labels. What a w
 so it is worked out once for a group, and a changed policy costs a look at the groups of its namespace (of all, for one
 of the root namespace), not at pods. A workload never lists a record that is not served.
 
-The last version of an object that could be read is remembered as long as the object is there; not over a restart.
+The last version of an object that could be read is remembered as long as the object is there, and over a restart
+where somebody keeps it (remembered.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from sidestep.control.objects import Labels, Pod, Policy
 from sidestep.control.peers import Demand
 from sidestep.control.policies import GLOBAL, INVALID, NAMESPACE, Ruling
 from sidestep.wire.delta import Entry
+
+Key = tuple[str, str]  # kind, NAMESPACE/NAME
 
 
 @dataclass(slots=True, eq=False)
@@ -33,13 +36,14 @@ class Rulings:
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self.policies: dict[tuple[str, str], Policy] = {}
-        self.changed: set[tuple[str, str]] = set()
+        self.policies: dict[Key, Policy] = {}
+        self.changed: set[Key] = set()
+        self._recalled: dict[Key, Policy] = {}
         self._rulings: dict[str, Ruling] = {}
-        self._last: dict[str, Ruling] = {}
+        self._last: dict[str, tuple[Policy, Ruling]] = {}
         self._by_label: dict[tuple[str, tuple[str, str]], dict[str, Labels]] = {}
         self._demands: dict[str, dict[str, Demand]] = {}  # by namespace
-        self._last_demands: dict[str, Demand] = {}
+        self._last_demands: dict[str, tuple[Policy, Demand]] = {}
         self._own: dict[str, dict[str, Entry]] = {}  # records of demands, by namespace
         self._groups: dict[str, dict[Labels, _Group]] = {}
         self._due_records: set[str] = set()
@@ -65,6 +69,21 @@ class Rulings:
         if after is not None:
             self._groups.setdefault(after[0], {}).setdefault(after[1], _Group()).pods.add(key)
 
+    def recall(self, kept: Mapping[Key, Policy]) -> None:
+        """What stood in before a restart (`kept`); to be told before any policy."""
+        self._recalled = dict(kept)
+
+    def kept(self) -> dict[Key, Policy]:
+        """The versions that stand in for newer ones which cannot be read."""
+        found: dict[Key, Policy] = {}
+        for key, (policy, _) in self._last.items():
+            if self._rulings[key].reason == INVALID:
+                found["AuthorizationPolicy", key] = policy
+        for key, (policy, _) in self._last_demands.items():
+            if self._demands[policy.namespace][key].reason == INVALID:
+                found["PeerAuthentication", key] = policy
+        return found
+
     def authorization_policy(self, key: str, new: Policy | None) -> None:
         """An AuthorizationPolicy is new, changed, or gone (None)."""
         old = self._swap("AuthorizationPolicy", key, new)
@@ -75,10 +94,18 @@ class Rulings:
             self._last.pop(key, None)
         after = None
         if new is not None:
-            after = policies.authorization(new, self._root, self._last.get(key))
+            recalled = self._recall(new)
+            if recalled is not None:
+                before_that = policies.authorization(recalled, self._root, None)
+                if before_that.good:
+                    self._last[key] = recalled, before_that
+            _, last = self._last.get(key, (None, None))
+            after = policies.authorization(new, self._root, last)
             self._rulings[key] = after
             if after.good:
-                self._last[key] = after
+                self._last[key] = new, after
+            elif after.reason != INVALID:
+                self._last.pop(key, None)  # it could be read, and is not to be enforced
         self._due_records.add(key)
         sides = [each.selector if each is not None and each.entry is not None else None for each in (before, after)]
         if sides[0] == sides[1]:
@@ -105,14 +132,26 @@ class Rulings:
         demands = self._demands.setdefault(space, {})
         demands.pop(key, None)
         if new is not None:
-            demands[key] = peers.demand(new, self._root, self._last_demands.get(key))
+            recalled = self._recall(new)
+            if recalled is not None:
+                before_that = peers.demand(recalled, self._root, None)
+                if before_that.reason != INVALID:
+                    self._last_demands[key] = recalled, before_that
+            _, last = self._last_demands.get(key, (None, None))
+            demands[key] = peers.demand(new, self._root, last)
             if demands[key].reason != INVALID:
-                self._last_demands[key] = demands[key]
+                self._last_demands[key] = new, demands[key]
+        self.changed |= {("PeerAuthentication", each) for each in demands}  # one may hide the other
         if not demands:
             del self._demands[space]
         self._due_demands.add(space)
         self._due_spaces.add(space)
         self._parents.clear()
+
+    def _recall(self, new: Policy) -> Policy | None:
+        """What stood in for an object before a restart; asked once."""
+        found = self._recalled.pop((new.kind, new.key), None)
+        return found if found is not None and found.uid == new.uid else None
 
     def _swap(self, kind: str, key: str, new: Policy | None) -> Policy | None:
         old = self.policies.pop((kind, key), None)
@@ -215,8 +254,11 @@ class Rulings:
         if kind == "AuthorizationPolicy":
             return self._rulings.get(key)
         space = key.partition("/")[0]
-        demand = self._demands.get(space, {}).get(key)
-        return demand.ruling(self._own.get(space, {}).get(demand.record_name)) if demand is not None else None
+        demands = self._demands.get(space, {})
+        demand = demands.get(key)
+        if demand is None:
+            return None
+        return demand.ruling(self._own.get(space, {}).get(demand.record_name), demands.values())
 
     def report(self) -> list[dict[str, Any]]:
         """All policies, for /status."""

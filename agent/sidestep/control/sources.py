@@ -11,15 +11,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sidestep.control import log, objects
-from sidestep.control.objects import Json, Namespace
+from sidestep.control.objects import Json, Namespace, Policy
 from sidestep.control.records import Mesh
+from sidestep.control.remembered import Remembered
 from sidestep.control.roots import Publisher
+from sidestep.control.rulings import Key
 from sidestep.control.verdicts import Verdicts
 from sidestep.control.xds import ADDRESS, AUTHORIZATION, Discovery
-from sidestep.kube.client import KubeClient
+from sidestep.kube.client import KubeClient, KubeError
 from sidestep.kube.watch import Reflector, key_of
 
 DEBOUNCE_S = 0.05
+RETRY_S = 0.5
 SECURITY = "/apis/security.istio.io/v1"
 
 K = TypeVar("K")
@@ -29,10 +32,17 @@ class Sources:
     """Reflectors for every kind, and what they feed."""
 
     def __init__(
-        self, client: KubeClient, mesh: Mesh, discovery: Discovery, publisher: Publisher, verdicts: Verdicts
+        self,
+        client: KubeClient,
+        mesh: Mesh,
+        discovery: Discovery,
+        publisher: Publisher,
+        verdicts: Verdicts,
+        remembered: Remembered,
     ) -> None:
         self._client = client
         self._verdicts = verdicts
+        self._remembered = remembered
         self._mesh = mesh
         self._discovery = discovery
         self._publisher = publisher
@@ -89,6 +99,7 @@ class Sources:
 
     async def run(self) -> None:
         """Follows until cancelled."""
+        self._mesh.rulings.recall(await self._recalled())
         async with asyncio.TaskGroup() as group:
             for name, each in self._reflectors.items():
                 group.create_task(each.run(), name=f"follow {name}")
@@ -100,11 +111,20 @@ class Sources:
                 self._discovery.update(AUTHORIZATION, self._mesh.rulings.take())
                 self._discovery.update(ADDRESS, self._mesh.take())
                 self._verdicts.take(self._mesh.rulings)
+                self._remembered.take(self._mesh.rulings)
                 if not self._discovery.synced.is_set():
                     self._discovery.synced.set()
                     log.event("synced", **{name: len(each.items) for name, each in self._reflectors.items()})
                 await asyncio.sleep(DEBOUNCE_S)
                 await self._changed.wait()
+
+    async def _recalled(self) -> dict[Key, Policy]:
+        while True:
+            try:
+                return await self._remembered.load()
+            except KubeError as error:
+                log.event("waiting_for_api", error=error)
+                await asyncio.sleep(RETRY_S)
 
     def status(self) -> dict[str, Any]:
         """For /status."""

@@ -3,7 +3,8 @@
 The condition is `ZtunnelAccepted` (reference/istio-ambient.md 5.9). It is written only where the object does not say it
 already, so that nothing is written when a control plane starts again, and every other condition is left as it is. An
 API that refuses is asked again, later and later; serving never waits for it. Of two writers at once the API takes one
-(resourceVersion), the other looks again. Policies that are a waypoint's get no condition of ours.
+(resourceVersion), the other looks again; two that disagree about one generation of an object take turns, later and
+later. Policies that are a waypoint's get no condition of ours.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from typing import Any
 from sidestep.control import log
 from sidestep.control.objects import Policy
 from sidestep.control.policies import WAYPOINT, Ruling
-from sidestep.control.rulings import Rulings
+from sidestep.control.rulings import Key, Rulings
 from sidestep.kube.client import KubeClient, KubeError
 
 TYPE = "ZtunnelAccepted"
@@ -26,8 +27,6 @@ API = "security.istio.io/v1"
 BACKOFF_S = (0.2, 60.0)
 LINES = 20  # of the log, for one policy
 EVENT_MESSAGE = 1000  # the API takes 1024
-
-Key = tuple[str, str]
 
 
 @dataclass(slots=True)
@@ -47,6 +46,7 @@ class Verdicts:
         self._client = client
         self._due: dict[Key, _Due] = {}
         self._said: dict[Key, tuple[str, tuple[str, ...]]] = {}
+        self._wrote: dict[Key, tuple[str, int, float]] = {}  # uid, generation, the pause before
         self._wake = asyncio.Event()
         self.written = 0
         self.failed: dict[str, str] = {}
@@ -57,7 +57,7 @@ class Verdicts:
         for key in changed:
             policy, ruling = rulings.policies.get(key), rulings.ruling(*key)
             if policy is None or ruling is None:
-                for table in (self._due, self._said):
+                for table in (self._due, self._said, self._wrote):
                     table.pop(key, None)
                 self.failed.pop(" ".join(key), None)
                 continue
@@ -67,10 +67,17 @@ class Verdicts:
                 self.failed.pop(" ".join(key), None)
                 continue
             old = self._due.get(key)
-            self._due[key] = (
-                _Due(policy, ruling, old.at_s, old.pause_s) if old else _Due(policy, ruling, 0.0, BACKOFF_S[0])
-            )
+            at_s, pause_s = (old.at_s, old.pause_s) if old is not None else self._when(key, policy)
+            self._due[key] = _Due(policy, ruling, at_s, pause_s)
             self._wake.set()
+
+    def _when(self, key: Key, policy: Policy) -> tuple[float, float]:
+        """When to write, and the pause after that."""
+        uid, generation, pause_s = self._wrote.get(key, ("", 0, 0.0))
+        if (uid, generation) != (policy.uid, policy.generation):
+            return 0.0, BACKOFF_S[0]
+        pause_s = min(max(pause_s * 2, BACKOFF_S[0]), BACKOFF_S[1])
+        return asyncio.get_running_loop().time() + pause_s, pause_s
 
     def _log(self, key: Key, policy: Policy, ruling: Ruling) -> None:
         """Once for each thing that is wrong with a version of a policy."""
@@ -120,6 +127,7 @@ class Verdicts:
             due.pause_s = min(due.pause_s * 2, BACKOFF_S[1])
             return
         self.written += 1
+        self._wrote[key] = policy.uid, policy.generation, due.pause_s
         self._done(key, due)
         if not ruling.accepted:
             await self._report(policy, ruling)

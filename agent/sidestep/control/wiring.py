@@ -19,6 +19,7 @@ from sidestep.control.certificates import Certificates
 from sidestep.control.command import PAGES_PORT, PLAIN_PORT, XDS_PORT, Config, StartError
 from sidestep.control.metrics import Metrics
 from sidestep.control.records import Mesh
+from sidestep.control.remembered import Remembered
 from sidestep.control.roots import Current
 from sidestep.control.sources import Sources
 from sidestep.control.translate import Cluster
@@ -58,7 +59,8 @@ async def serve(config: Config) -> int:
         publisher = roots.Publisher(client, current.authority.roots_pem)
         current.tell(lambda authority: publisher.roots(authority.roots_pem))
         verdicts = Verdicts(client)
-        sources = Sources(client, mesh, discovery, publisher, verdicts)
+        remembered = Remembered(client, config.namespace)
+        sources = Sources(client, mesh, discovery, publisher, verdicts, remembered)
         certificates = Certificates(gate, current, config.trust_domain, config.max_ttl_s, metrics)
 
         def status() -> dict[str, Any]:
@@ -70,6 +72,7 @@ async def serve(config: Config) -> int:
                 "root": {**current.status(), "unpublished": publisher.failed},
                 **sources.status(),
                 "conditions": verdicts.status(),
+                "remembered": remembered.status(),
                 **discovery.status(),
             }
 
@@ -105,6 +108,7 @@ async def serve(config: Config) -> int:
                 group.create_task(publisher.run(), name="roots"),
                 group.create_task(current.run(), name="authority"),
                 group.create_task(verdicts.run(), name="verdicts"),
+                group.create_task(remembered.run(), name="remembered"),
             ]
             await stop.wait()
             log.event("stop")
