@@ -78,7 +78,7 @@ def left(lab: Lab, pids: dict[str, int]) -> dict[str, Any]:
         found[f"routes {family}"] = shown(*enter, "ip", family, "route", "show", "table", "all")
     found["filters"] = [
         shown(*enter, "tc", "filter", "show", "dev", device, way)
-        for device, way in (("eth0", "egress"), ("lo", "egress"), ("lo", "ingress"))
+        for device, way in (("eth0", "egress"), ("eth0", "ingress"), ("lo", "egress"), ("lo", "ingress"))
     ]
     found["sockets"] = shown(*enter, "ss", "-Htan")
     return found
