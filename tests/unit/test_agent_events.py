@@ -10,11 +10,13 @@ import pytest
 
 from sidestep.node import events
 from sidestep.node.agent import ADD_FAILURES, Agent, Place
+from sidestep.node.api import ClusterApi
 from sidestep.node.events import Cause, Reporter, causes, event_of
 from sidestep.node.metrics import Metrics
 from sidestep.node.pods import Pod
 from sidestep.node.reconcile import Desired, Step
 from sidestep.node.resident import ApiError, Names, Resident
+from tests.harness.kubernetes import kubernetes, refusal
 
 POD = Pod("u1", "shop", "web", "web", "n1", False, "Running", False, ("10.0.0.1",), "", False, "", False)
 URI = "spiffe://cluster.local/ns/shop/sa/web"
@@ -143,6 +145,71 @@ def test_one_event_for_a_cause_counted_when_it_lasts() -> None:
         assert api.written[0]["firstTimestamp"] == api.written[3]["firstTimestamp"]
 
     working(work)
+
+
+def test_what_is_gone_with_the_next_attempt_is_no_event() -> None:
+    async def work(api: Api, reporter: Reporter) -> None:
+        passing, never = Cause(POD, "EnrolmentFailed", "busy"), Cause(POD, "NotEnrolled", "never", passing=False)
+        reporter.look([passing, never])
+        await settled()
+        assert [event["reason"] for event in api.written] == ["NotEnrolled"]
+        api.now += events.LASTS_S - 1
+        reporter.look([passing])
+        api.now += 0.5
+        reporter.look([])  # it went, and comes again
+        api.now += 0.5
+        reporter.look([passing])
+        await settled()
+        assert len(api.written) == 1
+        api.now += events.LASTS_S
+        reporter.look([passing])
+        await settled()
+        assert [event["reason"] for event in api.written] == ["NotEnrolled", "EnrolmentFailed"]
+
+    working(work)
+
+
+def test_it_is_written_once_and_then_counted() -> None:
+    """Against an API that knows names: the second is a patch; a namespace that goes is no error."""
+
+    async def run() -> None:
+        async with kubernetes() as api, api.client() as client:
+            there: set[str] = set()
+
+            def answers(method: str, path: str, body: Any) -> tuple[int, Any] | None:
+                if method == "PATCH" and path == "/api/v1/namespaces/shop/events/e":
+                    patches.append(body)
+                    return 200, body
+                if method == "POST" and path == "/api/v1/namespaces/gone/events":
+                    return 403, refusal("Forbidden", "unable to create: namespace gone is being terminated")
+                if method == "POST" and path == "/api/v1/namespaces/closed/events":
+                    return 403, refusal("Forbidden", "no")
+                if method == "POST" and body["metadata"]["name"] in there:
+                    return 409, refusal("AlreadyExists", "it is there")
+                there.add(body["metadata"]["name"])
+                return 201, body
+
+            patches: list[Any] = []
+            api.answers = answers
+            made = ClusterApi(client, "istio-system")
+            for count in (1, 2):
+                await made.report(_event("shop", count))
+            assert patches == [{"count": 2, "lastTimestamp": "now", "message": "m"}]
+            await made.report(_event("gone", 1))
+            with pytest.raises(ApiError, match="Forbidden"):
+                await made.report(_event("closed", 1))
+
+    asyncio.run(run())
+
+
+def _event(namespace: str, count: int) -> dict[str, Any]:
+    return {
+        "metadata": {"name": "e", "namespace": namespace},
+        "count": count,
+        "lastTimestamp": "now",
+        "firstTimestamp": "then",
+        "message": "m",
+    }
 
 
 def test_a_storm_is_bounded() -> None:

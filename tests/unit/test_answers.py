@@ -100,13 +100,12 @@ SERVES: dict[str, Any] = {"services": {SERVICE: {"80": 8080, "81": 8081}}}
 def mesh() -> Mesh:
     node = Node(Path("/nowhere"))
     agents = [Answering(node, name, {"node": name, "settings": {"trust_domain": TD}}) for name in ("n1", "n2")]
-    return Mesh(
-        agents,
-        pods={
-            "shop/web": {"namespace": "shop", "name": "web", "declared_ports": [9000]},
-            "shop/host": {"namespace": "shop", "name": "host", "host_network": True},
-        },
-        workloads=[
+    pods: dict[str, Any] = {
+        "shop/web": {"namespace": "shop", "name": "web", "declared_ports": [9000]},
+        "shop/host": {"namespace": "shop", "name": "host", "host_network": True},
+    }
+    records: dict[str, list[Any]] = {
+        "workloads": [
             workload("web", "10.0.0.1", "fd00::1"),
             workload("web2", "10.0.0.2", account="web"),
             workload("db", "10.0.1.1", "fd00::2", node="n2", **SERVES),
@@ -114,7 +113,7 @@ def mesh() -> Mesh:
             workload("lost", "10.0.0.8", protocol="TCP", account="web"),
             workload("agent", "10.0.0.7", networkMode="HostNetwork"),
         ],
-        services=[
+        "services": [
             {
                 "namespace": "shop",
                 "name": "db",
@@ -122,7 +121,8 @@ def mesh() -> Mesh:
                 "vips": ["/10.9.0.1", "/fd99::1"],
             }
         ],
-    )
+    }
+    return Mesh(agents, pods, lambda noun, text: records[noun])
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def _callers_of(workload: Row, addresses: Iterable[str], notes: list[str]) -> li
 
 def _account_callers(mesh: Mesh, name: Name, notes: list[str]) -> list[Caller]:
     identity = spiffe(name.trust_domain or mesh.trust_domain, name.namespace, name.name)
-    pods = [each for each in mesh.workloads if each.get("identity") == identity]
+    pods = mesh.identified(identity)
     enrolled = [each for each in pods if _enrolled(each)]
     for each in pods:
         if not _enrolled(each):
@@ -162,7 +162,7 @@ def targets(mesh: Mesh, name: Name, notes: list[str]) -> list[Target]:
         workloads = mesh.named(name.namespace, name.name)
     else:
         identity = spiffe(name.trust_domain or mesh.trust_domain, name.namespace, name.name)
-        workloads = [each for each in mesh.workloads if each.get("identity") == identity]
+        workloads = mesh.identified(identity)
     if not workloads:
         raise NodeError(_unknown(mesh, name))
     return _guarded(mesh, workloads, {}, name.port, notes)
@@ -178,7 +178,7 @@ def _address_targets(mesh: Mesh, name: Name, notes: list[str]) -> list[Target]:
     key = f"{service.get('namespace')}/{service.get('hostname')}"
     notes.append(f"{name} is Service {service.get('namespace')}/{service.get('name')}: its endpoints are asked")
     found: list[Target] = []
-    for each in mesh.workloads:
+    for each in mesh.behind(key):
         ports: Mapping[str, Any] = (each.get("services") or {}).get(key) or {}
         wanted = sorted({int(to) for at, to in ports.items() if name.port in (0, int(at))})
         if wanted and _enrolled(each):

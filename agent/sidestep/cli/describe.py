@@ -107,7 +107,7 @@ def describe(mesh: Mesh, namespace: str, name: str) -> dict[str, Any]:
 def _services(mesh: Mesh, workload: Row) -> list[dict[str, Any]]:
     found = []
     for key, ports in sorted((workload.get("services") or {}).items()):
-        service: Row = next((s for s in mesh.services if f"{s.get('namespace')}/{s.get('hostname')}" == key), {})
+        service = mesh.service(key)
         vips = [str(vip).rpartition("/")[2] for vip in service.get("vips") or ()]
         found.append({"name": key, "ports": dict(ports), "addresses": vips})
     return found

@@ -3,10 +3,13 @@
 Every engine holds the records of the whole mesh, so those of one agent are enough; a pod is known to its node's agent.
 """
 
+import functools
 import ipaddress
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlencode
 
 from sidestep.cli.nodes import Answering, NodeError, asked, control_addresses, control_status, find, one_mesh
 from sidestep.cli.table import Row
@@ -14,14 +17,14 @@ from sidestep.cli.table import Row
 
 @dataclass(slots=True)
 class Mesh:
-    """`pods`: by NAMESPACE/NAME, of the nodes that answered; `workloads`, `services`: of the whole mesh, in the agent's
-    words (node/dump.py). `problems`: who could not be asked.
+    """`pods`: by NAMESPACE/NAME, of the nodes that answered. `look(noun, text)`: the workloads or services, in the
+    agent's words (node/dump.py), in whose record the text stands; there may be others among them. `problems`: who could
+    not be asked.
     """
 
     agents: Sequence[Answering] = ()
     pods: Mapping[str, Row] = field(default_factory=dict)
-    workloads: Sequence[Row] = ()
-    services: Sequence[Row] = ()
+    look: Callable[[str, str], Sequence[Row]] = lambda noun, text: ()
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -37,18 +40,35 @@ class Mesh:
 
     def named(self, namespace: str, name: str) -> list[Row]:
         """The workloads of that name."""
-        return [each for each in self.workloads if (each.get("namespace"), each.get("name")) == (namespace, name)]
+        found = self.look("workloads", f'"name":{json.dumps(name)},"namespace":{json.dumps(namespace)}')
+        return [each for each in found if (each.get("namespace"), each.get("name")) == (namespace, name)]
+
+    def identified(self, identity: str) -> list[Row]:
+        """The workloads of a service account."""
+        found = self.look("workloads", f'"identity":{json.dumps(identity)}')
+        return [each for each in found if each.get("identity") == identity]
 
     def at(self, address: str) -> Row | None:
         """The workload that has an address."""
-        return next((each for each in self.workloads if address in (each.get("workloadIps") or ())), None)
+        found = self.look("workloads", f'"{address}"')
+        return next((each for each in found if address in (each.get("workloadIps") or ())), None)
+
+    def behind(self, service: str) -> list[Row]:
+        """The workloads of a service, NAMESPACE/HOSTNAME."""
+        found = self.look("workloads", f"{json.dumps(service)}:")
+        return [each for each in found if service in (each.get("services") or {})]
 
     def service_at(self, address: str) -> Row | None:
         """The service that has an address."""
-        for each in self.services:
+        for each in self.look("services", f'"{address}"'):
             if address in [str(vip).rpartition("/")[2] for vip in each.get("vips") or ()]:
                 return each
         return None
+
+    def service(self, name: str) -> Row:
+        """The service NAMESPACE/HOSTNAME; empty where there is none."""
+        found = self.look("services", f'"key":{json.dumps(name)}')
+        return next((each for each in found if f"{each.get('namespace')}/{each.get('hostname')}" == name), {})
 
 
 def gather(lab: str, run_dirs: Iterable[Any]) -> Mesh:
@@ -65,13 +85,19 @@ def gather(lab: str, run_dirs: Iterable[Any]) -> Mesh:
         except NodeError as error:
             problems.append(str(error))
     mesh.pods = pods
+    mesh.look = functools.partial(_look, agents)
+    return mesh
+
+
+def _look(agents: Sequence[Answering], noun: str, text: str) -> Sequence[Row]:
+    """Asks the agents, until one answers. Raises NodeError where none does."""
+    failed: NodeError | None = None
     for agent in agents:
         try:
-            mesh.workloads, mesh.services = agent.node.ask("/workloads"), agent.node.ask("/services")
-            break
+            return list(agent.node.ask(f"/{noun}?{urlencode({'containing': text})}"))
         except NodeError as error:
-            problems.append(str(error))
-    return mesh
+            failed = error
+    raise failed or NodeError("there is no agent to ask")
 
 
 def not_as_written(mesh: Mesh) -> dict[str, str]:

@@ -61,7 +61,7 @@ class Pages:
             return await self._authz(request)
         if name in DUMPS:
             try:
-                return _json(shaped(name, await self._agent.engine.dump(name)))
+                return _json(shaped(name, await self._agent.engine.dump(name, request.query.get("containing", ""))))
             except EngineError as err:
                 return Response(_text({"error": str(err)}), "application/json", HTTPStatus.SERVICE_UNAVAILABLE)
         return refuse(HTTPStatus.NOT_FOUND)

@@ -1,7 +1,7 @@
 """Kubernetes Events about pods that cannot be enrolled: what `kubectl describe pod` shows to who owns the pod.
 
-Once a second the pods are looked over (`causes`); each pod and reason makes one Event, whose count and time are raised
-when the cause is still there REPEAT_S later. Events are written by a task of their own, one at a time, not more often
+Once a second the pods are looked over (`causes`). A cause that lasts (LASTS_S: most are gone with the next attempt)
+makes one Event for its pod and reason, whose count and time are raised when it is still there REPEAT_S later. Events are written by a task of their own, one at a time, not more often
 than every GAP_S once BURST are used up: an API that refuses or does not answer costs a log line and that Event, never
 enrolment.
 """
@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from sidestep.node.reconcile import Step
 from sidestep.node.resident import ApiError
 
 LOOK_S = 1.0
+LASTS_S = 5.0
 REPEAT_S = 600.0
 GAP_S = 2.0
 BURST = 20
@@ -46,6 +47,7 @@ class Cause:
     pod: Pod
     reason: str
     message: str
+    passing: bool = True  # the next attempt may succeed
 
     @property
     def key(self) -> tuple[str, str]:
@@ -59,7 +61,7 @@ def causes(agent: Agent) -> Iterator[Cause]:
         verdict = agent.verdict(pod)
         asked = pod.mode == "ambient" or (pod.mode != "none" and agent.namespaces.get(pod.namespace) == "ambient")
         if verdict in _NEVER and asked and not pod.terminal:
-            yield Cause(pod, "NotEnrolled", f"cannot be in the mesh: {_NEVER[verdict]}")
+            yield Cause(pod, "NotEnrolled", f"cannot be in the mesh: {_NEVER[verdict]}", passing=False)
     for resident in agent.residents.values():
         known = agent.pods.get(resident.uid)
         if known is None or not (resident.want.exists and resident.want.enrol) or known.terminal:
@@ -89,7 +91,17 @@ class Reporter:
         self._noted: dict[tuple[str, str], tuple[float, float, int]] = {}
         self._waiting: deque[tuple[Cause, float, int]] = deque()
         self._wake = asyncio.Event()
+        self._since: dict[tuple[str, str], float] = {}
         self.dropped = 0
+
+    def look(self, found: Iterable[Cause]) -> None:
+        """These causes are there now, and no others."""
+        now, since = self._clock(), {}
+        for cause in found:
+            since[cause.key] = self._since.get(cause.key, now)
+            if not cause.passing or now - since[cause.key] >= LASTS_S:
+                self.note(cause)
+        self._since = since
 
     def note(self, cause: Cause) -> None:
         """A cause is there. Never blocks."""
@@ -134,8 +146,7 @@ class Reporter:
         while True:
             await asyncio.sleep(LOOK_S)
             if agent.listed:
-                for cause in causes(agent):
-                    self.note(cause)
+                self.look(causes(agent))
 
 
 def event_of(cause: Cause, node: str, first_s: float, last_s: float, count: int) -> dict[str, Any]:
