@@ -1,9 +1,9 @@
 """Kubernetes Events about pods that cannot be enrolled: what `kubectl describe pod` shows to who owns the pod.
 
 Once a second the pods are looked over (`causes`). A cause that lasts (LASTS_S: most are gone with the next attempt)
-makes one Event for its pod and reason, whose count and time are raised when it is still there REPEAT_S later. Events are written by a task of their own, one at a time, not more often
-than every GAP_S once BURST are used up: an API that refuses or does not answer costs a log line and that Event, never
-enrolment.
+makes one Event for its pod and reason, whose count and time are raised when it is still there REPEAT_S later. Events
+are written by a task of their own, one at a time, not more often than every GAP_S once BURST are used up: an API that
+refuses or does not answer costs a log line and that Event, never enrolment.
 """
 
 import asyncio
