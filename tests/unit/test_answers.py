@@ -102,7 +102,7 @@ def mesh() -> Mesh:
     agents = [Answering(node, name, {"node": name, "settings": {"trust_domain": TD}}) for name in ("n1", "n2")]
     pods: dict[str, Any] = {
         "shop/web": {"namespace": "shop", "name": "web", "declared_ports": [9000]},
-        "shop/host": {"namespace": "shop", "name": "host", "host_network": True},
+        "shop/host": {"namespace": "shop", "name": "host", "host_network": True, "addresses": ["10.5.0.1"]},
     }
     records: dict[str, list[Any]] = {
         "workloads": [
@@ -134,6 +134,7 @@ def mesh() -> Mesh:
         ("10.0.0.9", [("plain", False, "10.0.0.9")], "is not enrolled: it has no identity"),
         ("shop/agent", [("agent", False, "10.0.0.7")], "uses the host's network: it has no identity"),
         ("192.0.2.1", [("", False, "192.0.2.1")], "is no workload of the mesh"),
+        ("shop/host", [("host", False, "10.5.0.1")], "shop/host uses the host's network: it has no identity"),
         (
             "shop/sa/web",
             [("web", True, "10.0.0.1"), ("web", True, "fd00::1"), ("web2", True, "10.0.0.2")],

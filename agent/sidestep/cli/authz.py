@@ -115,6 +115,10 @@ def callers(mesh: Mesh, name: Name, notes: list[str]) -> list[Caller]:
         return _account_callers(mesh, name, notes)
     if name.kind == "pod":
         workloads = mesh.named(name.namespace, name.name)
+        pod = mesh.pods.get(str(name)) or {}
+        if pod.get("host_network") and pod.get("addresses"):
+            notes.append(f"{name} uses the host's network: it has no identity, and its node's address")
+            return [Caller(str(name), "", address) for address in pod["addresses"]]
         if not workloads:
             raise NodeError(_unknown(mesh, name))
         return [caller for each in workloads for caller in _callers_of(each, each.get("workloadIps") or (), notes)]
