@@ -248,6 +248,30 @@ def test_an_address_that_cannot_be_read_is_told_until_it_is_good(tmp_path: Path)
     working(tmp_path, work)
 
 
+def test_records_are_looked_for_by_their_text(tmp_path: Path) -> None:
+    """What is asked for comes whole, from the first, the last and a middle line; nothing that does not contain it."""
+
+    async def work(server: Server, asked: Asked, _: Stream) -> None:
+        many = {f"Kubernetes//Pod/shop/m{n}": workload(f"m{n}", "shop", f"10.77.1.{n}") for n in range(1, 200)}
+        server.say("many", **many, removed=tuple(DB))
+        await server.answer("many")
+        _, whole = await asked.get("/workloads")
+        assert len(whole) == 199
+        for each in whole:
+            text = f'"name":"{each["name"]}","namespace":"shop"'
+            assert await asked.get("/workloads", containing=text) == (HTTPStatus.OK, [each])
+        _, tens = await asked.get("/workloads", containing='"name":"m10')
+        assert {each["name"] for each in tens} == {"m10", *(f"m10{n}" for n in range(10))}
+        assert await asked.get("/workloads", containing="nowhere") == (HTTPStatus.OK, [])
+        assert await asked.get("/connections", containing="nowhere") == (HTTPStatus.OK, [])
+        server.say("none", removed=tuple(many))
+        await server.answer("none")
+        assert await asked.get("/workloads", containing="shop") == (HTTPStatus.OK, [])
+        assert await asked.get("/workloads") == (HTTPStatus.OK, [])
+
+    working(tmp_path, work)
+
+
 def test_the_query_comes_through_the_agents_socket(tmp_path: Path) -> None:
     """As the command asks: over the Unix socket, with an IPv6 destination."""
 
