@@ -332,6 +332,13 @@ static void versions(struct text *t, const struct mesh_view *v)
         version(t, "policy", &p->r);
 }
 
+/* Each record has a line of its own, so that a reader can pass over what it does not look for. */
+static void next_line(struct text *t, unsigned n)
+{
+        if (n)
+                raw(t, ",\n");
+}
+
 int mesh_dump(struct mesh *m, const char *what, int fd)
 {
         const struct mesh_view *v = mesh_newest(m);
@@ -342,29 +349,29 @@ int mesh_dump(struct mesh *m, const char *what, int fd)
         if (strcmp(what, "versions") == 0) {
                 versions(t, v);
         } else if (strcmp(what, "workloads") == 0) {
-                raw(t, "[");
+                raw(t, "[\n");
                 TABLE_EACH(&v->workloads, w, struct workload_record)
                 {
-                        comma(t, n++);
+                        next_line(t, n++);
                         workload(t, w);
                 }
-                raw(t, "]");
+                raw(t, "\n]\n");
         } else if (strcmp(what, "services") == 0) {
-                raw(t, "[");
+                raw(t, "[\n");
                 TABLE_EACH(&v->services, s, struct service_record)
                 {
-                        comma(t, n++);
+                        next_line(t, n++);
                         service(t, v, s);
                 }
-                raw(t, "]");
+                raw(t, "\n]\n");
         } else if (strcmp(what, "policies") == 0) {
-                raw(t, "[");
+                raw(t, "[\n");
                 TABLE_EACH(&v->policies, p, struct policy_record)
                 {
-                        comma(t, n++);
+                        next_line(t, n++);
                         policy(t, p);
                 }
-                raw(t, "]");
+                raw(t, "\n]\n");
         } else {
                 t->error = -EINVAL;
         }

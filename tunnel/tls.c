@@ -192,12 +192,9 @@ int identity_new(struct identity **out, const char *uri, const char *key_pem, co
         spiffe_trust_domain(uri, i->trust_domain, sizeof(i->trust_domain));
         i->not_after_s = INT64_MAX;
         for (int n = 0; n < sk_X509_num(chain); n++) {
-                X509 *cert = sk_X509_value(chain, n);
-                int64_t end = not_after(cert);
+                int64_t end = not_after(sk_X509_value(chain, n));
                 if (end < i->not_after_s)
                         i->not_after_s = end;
-                if (n > 0 && SSL_CTX_add1_chain_cert(i->ctx, cert) != 1)
-                        goto out;
         }
         result = -EKEYEXPIRED;
         if (i->not_after_s <= (int64_t)time(NULL))
@@ -205,6 +202,9 @@ int identity_new(struct identity **out, const char *uri, const char *key_pem, co
         result = -EKEYREJECTED;
         if (SSL_CTX_use_certificate(i->ctx, leaf) != 1 || SSL_CTX_use_PrivateKey(i->ctx, key) != 1)
                 goto out;
+        for (int n = 1; n < sk_X509_num(chain); n++) /* after the leaf: they go to the key that was set last */
+                if (SSL_CTX_add1_chain_cert(i->ctx, sk_X509_value(chain, n)) != 1)
+                        goto out;
         i->roots = calloc((size_t)sk_X509_num(roots), sizeof(*i->roots));
         result = -ENOMEM;
         if (!i->roots)

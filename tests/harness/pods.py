@@ -165,15 +165,15 @@ class TestAuthority:
         )
         (folder / "root.pem").write_bytes(self._root.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, uri: str) -> dict[str, str]:
-        """Files for an identity; an entry of `certificates`."""
+    def issue(self, uri: str, seconds: float = 12 * 3600) -> dict[str, str]:
+        """Files for an identity; an entry of `certificates`. It ends in so many seconds."""
         stem = uri.rpartition("/")[2]
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
         leaf = (
             x509.CertificateBuilder(self._root.subject, x509.Name([]), key.public_key(), x509.random_serial_number())
             .not_valid_before(now - timedelta(minutes=1))
-            .not_valid_after(now + timedelta(hours=12))
+            .not_valid_after(now + timedelta(seconds=seconds))
             .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True)
             .sign(self._key, hashes.SHA256())
         )

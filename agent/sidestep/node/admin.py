@@ -19,7 +19,7 @@ from sidestep.node import metrics
 from sidestep.node.agent import Agent
 from sidestep.node.capture import CaptureError
 from sidestep.node.dump import shaped
-from sidestep.node.engine import EngineError
+from sidestep.node.engine import EngineAway, EngineError
 from sidestep.node.httpd import Handler, Request, Response, refuse
 from sidestep.node.identities import Identity
 from sidestep.node.pods import Verdict
@@ -30,7 +30,7 @@ READY_PORT = 15021
 ADMIN_PORT = 15000
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(?::[0-9]+)?")
-DUMPS = ("workloads", "services", "policies", "connections", "tunnels")
+DUMPS = ("workloads", "services", "policies", "connections", "tunnels", "denials")
 
 
 class Pages:
@@ -52,15 +52,30 @@ class Pages:
         """Pages for the command line and people."""
         name = request.path.removeprefix("/")
         if request.path == "/":
-            return Response("\n".join([*sorted(self._pages), *(f"/{each}" for each in DUMPS), ""]).encode())
+            return Response(
+                "\n".join([*sorted([*self._pages, "/authz"]), *(f"/{each}" for each in DUMPS), ""]).encode()
+            )
         if request.path in self._pages:
             return _json(await self._pages[request.path]())
+        if request.path == "/authz":
+            return await self._authz(request)
         if name in DUMPS:
             try:
-                return _json(shaped(name, await self._agent.engine.dump(name)))
+                return _json(shaped(name, await self._agent.engine.dump(name, request.query.get("containing", ""))))
             except EngineError as err:
                 return Response(_text({"error": str(err)}), "application/json", HTTPStatus.SERVICE_UNAVAILABLE)
         return refuse(HTTPStatus.NOT_FOUND)
+
+    async def _authz(self, request: Request) -> Response:
+        """What this node's engine would decide about `identity` ("" or left out: none), `source`, `destination`."""
+        asked = {name: request.query.get(name, "") for name in ("identity", "source", "destination")}
+        try:
+            answer = await self._agent.engine.authz(**asked)
+        except EngineAway as err:
+            return Response(_text({"error": str(err)}), "application/json", HTTPStatus.SERVICE_UNAVAILABLE)
+        except EngineError as err:
+            return Response(_text({"error": str(err)}), "application/json", HTTPStatus.BAD_REQUEST)
+        return _json({"node": self._agent.place.node, **asked, **answer})
 
     async def ready(self, request: Request) -> Response:
         """/healthz/ready in the words of reference/ztunnel.md 8.4."""
@@ -140,6 +155,10 @@ class Pages:
                         "enrolled": False,
                         "why": why.value,
                         "raw": pod.raw,
+                        "service_account": pod.service_account,
+                        "host_network": pod.host_network,
+                        "ports": {},
+                        "declared_ports": list(pod.ports),
                     }
                 )
         return sorted(shown, key=lambda pod: (str(pod["namespace"]), str(pod["name"])))
@@ -171,6 +190,8 @@ class Pages:
             },
             "netns_ino": resident.netns.ino if resident.netns else resident.captured_ino,
             "raw": pod.raw if pod else False,
+            "host_network": pod.host_network if pod else False,
+            "declared_ports": list(pod.ports) if pod else [],
             "probed": list(pod.probed) if pod else [],
         }
 

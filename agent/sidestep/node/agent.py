@@ -459,6 +459,12 @@ class Agent:
         self.identities.need(needed, time.time())
         self._asked.set()
 
+    def roots_changed(self, pem: str) -> None:
+        """The cluster trusts other roots now: certificates with the ones before are renewed soon."""
+        count = self.identities.roots_changed(pem, time.time())
+        log.event("roots_changed", renewed_soon=count)
+        self._asked.set()
+
     async def _certify(self) -> None:
         """Asks for certificates when they are due, a few at a time."""
         slots = asyncio.Semaphore(CA_CONCURRENCY)

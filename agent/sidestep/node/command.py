@@ -76,7 +76,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add("--token-file", type=Path, metavar="FILE", help="service account token for the control plane")
     add("--state-file", type=Path, metavar="FILE", help="workloads and services instead of a control plane (tests)")
-    add("--system-namespace", default="istio-system", metavar="NS", help="namespace of ConfigMap istio-ca-root-cert")
+    add(
+        "--system-namespace",
+        default="istio-system",
+        metavar="NS",
+        help="the root namespace: its policies are for the whole mesh, and it holds ConfigMap istio-ca-root-cert",
+    )
     add("--exclude-namespace", action="append", default=[], metavar="NS", help="never enrolled, beside kube-system")
 
 

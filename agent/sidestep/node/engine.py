@@ -8,6 +8,7 @@ one reply and a deadline. Bulk goes and comes in sealed memfds, which are closed
 import array
 import asyncio
 import json
+import mmap
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -314,9 +315,13 @@ class Engine:
         answer = await self._simple(channel.AUTHZ, {"identity": identity, "source": source, "destination": destination})
         return {key: value for key, value in answer.items() if key != "ok"}
 
-    async def dump(self, what: str) -> list[Any]:
-        """DUMP: a list of objects."""
+    async def dump(self, what: str, containing: str = "") -> list[Any]:
+        """DUMP: a list of objects; with a text only those that contain it, as it stands in the engine's JSON. A record
+        that does not is passed over unread: of a hundred thousand, a few cost no memory.
+        """
         _, fds = await self._call(channel.DUMP, {"what": what})
+        if containing:
+            return _lines_with(fds, containing.encode())
         found = json.loads(_read_memfds(fds) or b"[]")
         return found if isinstance(found, list) else []
 
@@ -362,6 +367,18 @@ def _fds(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
 def _close(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def _lines_with(fds: Sequence[int], text: bytes) -> list[Any]:
+    """The records of the first fd, one a line, that contain the text; closes all."""
+    try:
+        if not fds or not os.fstat(fds[0]).st_size:
+            return []
+        with mmap.mmap(fds[0], 0, prot=mmap.PROT_READ) as whole:
+            lines = iter(whole.readline, b"")
+            return [json.loads(line.rstrip(b",\n")) for line in lines if line.startswith(b"{") and text in line]
+    finally:
+        _close(fds)
 
 
 def _read_memfds(fds: Sequence[int]) -> bytes:

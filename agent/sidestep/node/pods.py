@@ -17,6 +17,7 @@ SIDECAR = "sidecar.istio.io/status"
 EXCLUDED_NAMESPACES = frozenset({"kube-system"})
 
 PROBED_PORTS = 64  # of one pod; more are not exempt
+DECLARED_PORTS = 64  # of one pod; more are not shown
 
 _NOT_PROBED = 15008  # HBONE: it is nobody's but the engine's
 _PROBES = ("readinessProbe", "livenessProbe", "startupProbe")
@@ -29,7 +30,8 @@ class Pod:
     """One pod of this node. `ips` as the API lists them (text, both families); `phase` as in its status.
 
     `raw`: some container may hold CAP_NET_RAW or CAP_NET_ADMIN, so capture does not bind it (docs/threat-model.md).
-    `probed`: the ports that the kubelet asks by TCP, by the containers' declared probes and hooks.
+    `probed`: the ports that the kubelet asks by TCP, by the containers' declared probes and hooks. `ports`: the TCP
+    ports that its containers declare; what they say binds nobody, it is shown to people.
     """
 
     uid: str
@@ -46,6 +48,7 @@ class Pod:
     redirection: str
     raw: bool
     probed: tuple[int, ...] = ()
+    ports: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -92,6 +95,7 @@ def pod_of(obj: Mapping[str, Any]) -> Pod:
         redirection=annotations.get(REDIRECTION, ""),
         raw=any(_may_send_raw(c) for c in _containers(spec)),
         probed=tuple(sorted({port for c in _containers(spec) for port in _probed(c)})[:PROBED_PORTS]),
+        ports=tuple(sorted({port for c in _containers(spec) for port in _declared(c)})[:DECLARED_PORTS]),
     )
 
 
@@ -144,6 +148,14 @@ def uid_of_cgroup(text: str) -> str | None:
 def _containers(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for part in ("initContainers", "containers"):
         yield from spec.get(part) or ()
+
+
+def _declared(container: Mapping[str, Any]) -> Iterator[int]:
+    """TCP ports that a container declares."""
+    for each in container.get("ports") or ():
+        port = each.get("containerPort")
+        if isinstance(port, int) and each.get("protocol", "TCP") == "TCP":
+            yield port
 
 
 def _probed(container: Mapping[str, Any]) -> Iterator[int]:
