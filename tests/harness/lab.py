@@ -153,12 +153,17 @@ class Lab:
         self.ask(lambda client: client.delete(f"/api/v1/namespaces/{namespace}/pods/{name}"))
         eventually(f"{pod} gone", lambda: name not in [item["metadata"]["name"] for item in self.pods(namespace)])
 
-    def counter(self, name: str, node: str = "node1") -> float:
-        """A metric of a node's agent and engine, summed over its labels."""
-        page = self.command("exec", "--node", node, "--", "curl", "-sS", "http://localhost:15020/metrics").stdout
-        return sum(
-            float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith((f"{name}{{", f"{name} "))
-        )
+    def page(self, port: int, path: str, node: str = "node1") -> tuple[int, str]:
+        """A page of a node's agent, asked for on the node: status and text."""
+        asked = ("curl", "-sS", "-w", "\n%{http_code}", f"http://localhost:{port}{path}")
+        text, _, status = self.command("exec", "--node", node, "--", *asked).stdout.rpartition("\n")
+        return int(status), text
+
+    def counter(self, name: str, node: str = "node1", label: str = "") -> float:
+        """A metric of a node's agent and engine, summed over its labels; only samples with `label` in their text."""
+        lines = self.page(15020, "/metrics", node)[1].splitlines()
+        mine = [line for line in lines if line.startswith((f"{name}{{", f"{name} ")) and label in line]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in mine)
 
     # -- the mesh ----------------------------------------------------------------------------------------------------
     def label(self, namespace: str, value: str | None) -> None:
