@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,6 +42,36 @@ def eventually(what: str, question: Callable[[], T], seconds: float = 60) -> T:
             return answer
         assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s; last answer {answer!r}"
         time.sleep(0.1)
+
+
+def everything_of(name: str) -> list[str]:
+    """What is there of a lab, looked for without the lab's own means."""
+    found = [
+        line for line in subprocess.check_output(["ip", "netns"], text=True).split() if line.startswith(f"{name}-")
+    ]
+    found += [each for each in os.listdir("/sys/class/net") if each == f"{name}-api"]
+    found += [line for line in host_rules() if f"{name}-" in line]
+    found += [line for line in Path("/proc/mounts").read_text().splitlines() if f"/lab/{name}" in line]
+    found += [str(path) for path in Path("/sys/fs/bpf").glob(f"sidestep-{name}-*")]
+    # os.walk, for cgroups of others come and go meanwhile
+    found += [path for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith(f"/sidestep-lab-{name}")]
+    found += [str(path) for path in Path("/run/sidestep/lab").glob(f"{name}*")]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if any(f"/lab/{name}/" in word for word in words) or ("sidestep.lab.dns" in words and name in words):
+            found.append(" ".join(words))
+    return found
+
+
+def host_rules() -> list[str]:
+    """Rules, packet filters and routes of this machine's own namespace, one a line; a lab has no business with any but
+    the route to its API."""
+    asked = (["ip", "-4", "rule"], ["ip", "-6", "rule"], ["nft", "list", "ruleset"],
+             ["ip", "-4", "route", "show", "table", "all"], ["ip", "-6", "route", "show", "table", "all"])  # fmt: skip
+    return [line for words in asked for line in subprocess.check_output(words, text=True).splitlines()]
 
 
 async def _create(path: str, item: dict[str, Any], client: KubeClient) -> Any:

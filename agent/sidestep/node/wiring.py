@@ -44,8 +44,8 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    require(config.bpf_dir)  # before anything is made: what cannot work leaves nothing
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require()
     metrics = Metrics()
     if config.state_file is not None:
         from sidestep.node import statefile  # YAML and X.509 parsing cost memory that only tests need
