@@ -118,6 +118,9 @@ class Pages:
     async def _pods(self) -> list[dict[str, Any]]:
         agent = self._agent
         shown = [self._pod(resident) for resident in agent.residents.values()]
+        carried = await self._carried()
+        for each in shown:  # the agent itself counts them only while a pod drains
+            each["connections"] = carried.get(each["uid"], each["connections"])
         for uid, pod in agent.pods.items():
             if uid not in agent.residents:
                 why = agent.verdict(pod)
@@ -136,6 +139,15 @@ class Pages:
                     }
                 )
         return sorted(shown, key=lambda pod: (str(pod["namespace"]), str(pod["name"])))
+
+    async def _carried(self) -> dict[str, int]:
+        """Open connections of each pod that the engine has, by UID; nothing where it does not answer."""
+        if not self._agent.engine.up:
+            return {}
+        try:
+            return {str(each["uid"]): int(each["connections"]) for each in await self._agent.engine.dump("pods")}
+        except EngineError:
+            return {}
 
     def _pod(self, resident: Resident) -> dict[str, Any]:
         agent, pod = self._agent, resident.pod
