@@ -198,9 +198,8 @@ class Pages:
             "version": {"version": __version__, "istioVersion": __version__, "buildStatus": "sidestep"},
             "config": {
                 "localNode": agent.place.node,
-                "clusterId": agent.names.cluster_id,
-                "clusterDomain": agent.names.trust_domain,
-                **{str(key): value for key, value in agent.place.settings.items()},
+                "clusterDomain": agent.place.cluster_domain,
+                **{_camel(key): value for key, value in agent.place.settings.items() if key != "node"},
             },
             "certificates": [_config_certificate(identity) for identity in agent.identities],
             "workloadState": {
@@ -216,6 +215,12 @@ class Pages:
                 if resident.pod is not None
             },
         }
+
+
+def _camel(name: str) -> str:
+    """trust_domain -> trustDomain, as all of the dump."""
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
 
 
 def only_local(handler: Handler) -> Handler:
