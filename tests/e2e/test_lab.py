@@ -15,7 +15,7 @@ import yaml
 
 from sidestep.lab import podspec
 from sidestep.lab.down import leftovers
-from tests.harness.lab import SIDESTEP, Lab, eventually
+from tests.harness.lab import SIDESTEP, Lab, eventually, everything_of
 
 PYTHON = "/usr/bin/python3"
 ECHO = """
@@ -332,26 +332,6 @@ def test_a_killed_kubelet_part_finds_its_pods_again(yard: Lab) -> None:
     assert inside.poll() is None
     inside.communicate("\n", timeout=30)
     yard.delete_pod("yard/after")
-
-
-def everything_of(name: str) -> list[str]:
-    """What is there of a lab, looked for without the lab's own means."""
-    found = [
-        line for line in subprocess.check_output(["ip", "netns"], text=True).split() if line.startswith(f"{name}-")
-    ]
-    found += [name for name in os.listdir("/sys/class/net") if name == f"{name}-api"]
-    found += [line for line in Path("/proc/mounts").read_text().splitlines() if f"/lab/{name}" in line]
-    found += [str(path) for path in Path("/sys/fs/bpf").glob(f"sidestep-{name}-*")]
-    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/sidestep-lab-{name}")]
-    found += [str(path) for path in Path("/run/sidestep/lab").glob(f"{name}*")]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if any(f"/lab/{name}/" in word for word in words) or ("sidestep.lab.dns" in words and name in words):
-            found.append(" ".join(words))
-    return found
 
 
 SMALL = yaml.safe_dump_all([YARD[0], pod("one", "node1", {})])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -40,6 +41,8 @@ AGENTS_S = 60.0  # they need the engine, the control plane and a certificate fir
 STATE_BYTES = "size=2g,mode=700"
 TOOLS = ("ip", "nft", "dnsmasq", "nsenter", "unshare", "sysctl", "umount", "mount")
 PLUGINS = ("ptp", "host-local")
+CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}  # linux/capability.h
+HOST_ONLY = ("other meshes",)  # of `sidestep check`: the lab's nodes have a CNI configuration of their own
 
 Object = Mapping[str, Any]
 
@@ -78,6 +81,9 @@ def check_machine(plain: bool) -> None:
     """Everything that the lab needs is there. Raises LabError; touches nothing."""
     if os.geteuid() != 0:
         raise LabError("needs root (network namespaces, mounts, eBPF): run it with sudo")
+    missing = _missing_capabilities()
+    if missing:
+        raise LabError(f"needs {', '.join(missing)}: a container must be given it, or be privileged")
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         raise LabError(f"not installed: {', '.join(missing)}; `make setup` installs what the lab needs")
@@ -97,6 +103,33 @@ def check_machine(plain: bool) -> None:
             raise LabError("the kernel has no overlay file system, which containers need")
     if not plain and not _is_bpffs():
         raise LabError(f"bpffs is not mounted: mount -t bpf bpf {BPFFS}")
+    if not plain:
+        _check_mesh()
+
+
+def _missing_capabilities() -> list[str]:
+    """Without these not even the nodes can be made."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), 16)
+    return [name for bit, name in CAPABILITIES.items() if not effective >> bit & 1]
+
+
+def _check_mesh() -> None:
+    """Asks `sidestep check`, in a process of its own: what the agents will need of the kernel. Raises LabError."""
+    try:
+        check = subprocess.run([sys.executable, "-m", "sidestep", "check", "--json"], capture_output=True, text=True,
+                               stdin=subprocess.DEVNULL, cwd="/", timeout=START_S)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise LabError(f"`sidestep check` did not answer within {START_S:.0f} s") from None
+    try:
+        found = json.loads(check.stdout)
+    except ValueError:
+        said = (check.stderr.strip().splitlines() or [f"exit status {check.returncode}"])[-1]
+        raise LabError(f"`sidestep check` did not answer: {said}") from None
+    bad = [item for item in found if item["level"] == "fail" and item["name"] not in HOST_ONLY]
+    if bad:
+        what = "; ".join(f"{item['name']}: {item['found']}" for item in bad)
+        raise LabError(f"the mesh cannot run here: {what} ({bad[0]['advice']}; `sidestep check` says more)")
 
 
 def _is_bpffs() -> bool:
@@ -205,8 +238,6 @@ def _start(cluster: Cluster, agent_args: Sequence[str], engine_args: Sequence[st
 
 
 def _json(value: Any) -> str:
-    import json
-
     return json.dumps(value, indent=2) + "\n"
 
 

@@ -140,6 +140,9 @@ class Pages:
     async def _pods(self) -> list[dict[str, Any]]:
         agent = self._agent
         shown = [self._pod(resident) for resident in agent.residents.values()]
+        carried = await self._carried()
+        for each in shown:  # the agent itself counts them only while a pod drains
+            each["connections"] = carried.get(each["uid"], each["connections"])
         for uid, pod in agent.pods.items():
             if uid not in agent.residents:
                 why = agent.verdict(pod)
@@ -162,6 +165,15 @@ class Pages:
                     }
                 )
         return sorted(shown, key=lambda pod: (str(pod["namespace"]), str(pod["name"])))
+
+    async def _carried(self) -> dict[str, int]:
+        """Open connections of each pod that the engine has, by UID; nothing where it does not answer."""
+        if not self._agent.engine.up:
+            return {}
+        try:
+            return {str(each["uid"]): int(each["connections"]) for each in await self._agent.engine.dump("pods")}
+        except EngineError:
+            return {}
 
     def _pod(self, resident: Resident) -> dict[str, Any]:
         agent, pod = self._agent, resident.pod
@@ -215,9 +227,8 @@ class Pages:
             "version": {"version": __version__, "istioVersion": __version__, "buildStatus": "sidestep"},
             "config": {
                 "localNode": agent.place.node,
-                "clusterId": agent.names.cluster_id,
-                "clusterDomain": agent.names.trust_domain,
-                **{str(key): value for key, value in agent.place.settings.items()},
+                "clusterDomain": agent.place.cluster_domain,
+                **{_camel(key): value for key, value in agent.place.settings.items() if key != "node"},
             },
             "certificates": [_config_certificate(identity) for identity in agent.identities],
             "workloadState": {
@@ -233,6 +244,12 @@ class Pages:
                 if resident.pod is not None
             },
         }
+
+
+def _camel(name: str) -> str:
+    """trust_domain -> trustDomain, as all of the dump."""
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
 
 
 def only_local(handler: Handler) -> Handler:

@@ -60,6 +60,7 @@ class Place:
     node: str
     settings: Mapping[str, Any]
     excluded: frozenset[str] = EXCLUDED_NAMESPACES
+    cluster_domain: str = "cluster.local"  # the DNS suffix of Services
 
 
 class Agent:
@@ -566,7 +567,7 @@ class Agent:
         self.metrics.set("workload_manager_pending_proxy_count", len(wanted) - len(served))
         self.metrics.set("sidestep_pods_raw", sum(1 for r in served if r.pod is not None and r.pod.raw))
         self.metrics.set("sidestep_engine_up", int(self.engine.up))
-        self.metrics.set("sidestep_log_lines_dropped", log.dropped())
+        self.metrics.set("sidestep_agent_log_lines_dropped_total", log.dropped())
         now = time.time()
         states = [identity.valid(now) for identity in self.identities]
         self.metrics.set("sidestep_identities", states.count(True), state="available")

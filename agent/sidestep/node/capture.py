@@ -85,10 +85,7 @@ class Captures:
 
     def __init__(self, directory: Path) -> None:
         """Opens (and makes) the directory of pins. Raises CaptureError where it is not on a bpffs."""
-        if _filesystem(directory) != "bpf":
-            raise CaptureError(
-                f"{directory} is not on a bpffs: mount -t bpf bpf /sys/fs/bpf, or give another --bpf-dir"
-            )
+        _require_bpffs(directory)
         self._directory = directory / _LAYOUT
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="capture")
@@ -244,11 +241,18 @@ def probe() -> Iterator[tuple[str, str, str]]:
         number += 1
 
 
-def require() -> None:
-    """Raises CaptureError where this kernel, or what this process may do, is not enough."""
+def require(directory: Path) -> None:
+    """Raises CaptureError where this kernel, what this process may do, or the place for pins is not enough. Makes
+    nothing."""
+    _require_bpffs(directory)
     for name, problem, advice in probe():
         if problem:
             raise CaptureError(f"BPF {name} cannot be loaded: {problem}; needed: {advice}")
+
+
+def _require_bpffs(directory: Path) -> None:
+    if _filesystem(directory) != "bpf":
+        raise CaptureError(f"{directory} is not on a bpffs: mount -t bpf bpf /sys/fs/bpf, or give another --bpf-dir")
 
 
 def _check(call: Callable[[Any], int]) -> int:

@@ -34,6 +34,7 @@ class Config:
     control_name: str
     cluster_cidrs: tuple[str, ...]
     trust_domain: str
+    cluster_domain: str
     cluster_id: str
     network: str
     same_node: str
@@ -65,6 +66,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--control-name", default="", metavar="NAME", help="name in the control plane's certificate (default: HOST)")
     add("--cluster-cidr", action="append", default=[], metavar="CIDR", help="a range of the cluster's addresses")
     add("--trust-domain", default="cluster.local", metavar="TD")
+    add("--cluster-domain", default="cluster.local", metavar="DOMAIN", help="DNS suffix of Services")
     add("--cluster-id", default="Kubernetes", metavar="ID")
     add("--network", default="", metavar="N")
     add("--same-node", choices=("direct", "mtls"), default="direct", help="between two pods of this node")
@@ -109,6 +111,7 @@ def config_of(args: argparse.Namespace) -> Config:
         control_name=args.control_name or args.control.rpartition(":")[0].strip("[]"),
         cluster_cidrs=tuple(args.cluster_cidr),
         trust_domain=args.trust_domain,
+        cluster_domain=args.cluster_domain,
         cluster_id=args.cluster_id,
         network=args.network,
         same_node=args.same_node,

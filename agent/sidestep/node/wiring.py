@@ -47,8 +47,8 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    require(config.bpf_dir)  # before anything is made: what cannot work leaves nothing
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require()
     metrics = Metrics()
     if config.state_file is not None:
         from sidestep.node import statefile  # YAML and X.509 parsing cost memory that only tests need
@@ -60,7 +60,7 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
         files = statefile.FileAuthority() if config.state_file is not None else None
         authority: Authority = files or ca.Authority(channels.get, config.token_file, config.cluster_id)
         agent = Agent(
-            place=Place(config.node, _settings(config), config.excluded),
+            place=Place(config.node, _settings(config), config.excluded, config.cluster_domain),
             names=names,
             captures=captures,
             engine_path=config.engine_socket,
@@ -231,7 +231,7 @@ def _node(config: Config) -> tuple[str, dict[str, str]]:
     pod, namespace, account = _token_pod(config.token_file)
     pod = pod or f"sidestep-agent-{config.node}"
     namespace = namespace or config.system_namespace
-    node_id = f"ztunnel~{config.node_ip}~{pod}.{namespace}~{namespace}.svc.{config.trust_domain}"
+    node_id = f"ztunnel~{config.node_ip}~{pod}.{namespace}~{namespace}.svc.{config.cluster_domain}"
     metadata = {
         "NAME": pod,
         "NAMESPACE": namespace,
