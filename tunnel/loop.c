@@ -142,6 +142,7 @@ static void dispatch(struct worker *w, struct epoll_event *e)
                 uint64_t n;
                 if (read(io->fd, &n, sizeof(n)) < 0)
                         break; /* woken for what is there already */
+                w->woken = true;
                 break;
         }
         case IO_LISTENER:
@@ -170,7 +171,8 @@ static void *loop_run(void *arg)
         struct worker *w = arg;
         struct epoll_event events[256];
         while (!w->stop) {
-                int n = epoll_wait(w->epoll, events, 256, patience(w));
+                int n = epoll_wait(w->epoll, events, 256, w->woken ? 0 : patience(w));
+                w->woken = false;
                 w->now_ms = clock_ms();
                 w->view = mesh_view(w->engine->mesh, w->index);
                 if (w->generation != view_generation(w->view) || w->look_again) {

@@ -90,6 +90,7 @@ struct worker {
         int epoll;
         struct io wake;
         bool stop;
+        bool woken; /* by what may have come after this turn took mail and state: another turn at once */
 
         const struct mesh_view *view;
         uint64_t generation; /* of view: when it changes, what waits is looked at again */

@@ -77,3 +77,25 @@ class Authority:
             certificate.public_bytes(serialization.Encoding.PEM).decode(),
             self.roots,
         )
+
+
+BAD = ("other trust domain", "other account", "expired", "no SPIFFE SAN", "two SANs", "self-signed", "other root")
+
+
+def bad_leaf(authority: Authority, kind: str, identity: str) -> Leaf:
+    """A leaf that is wrong in one way."""
+    good = authority.leaf(identity)
+    if kind == "other trust domain":
+        return authority.leaf(identity.replace("cluster.local", "example.org"))
+    if kind == "other account":
+        return authority.leaf(spiffe("somebody-else"))
+    if kind == "expired":
+        return authority.leaf(identity, not_after=timedelta(hours=-1))
+    if kind == "no SPIFFE SAN":
+        return authority.leaf()
+    if kind == "two SANs":
+        return authority.leaf(identity, spiffe("somebody-else"))
+    if kind == "self-signed":
+        return authority.leaf(identity, self_signed=True)
+    stranger = Authority("another root").leaf(identity)
+    return Leaf(stranger.key, stranger.chain, good.roots)

@@ -6,86 +6,24 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.harness.cluster import Nodes
+from tests.harness.exchange import PATTERN, Case, Taken, exchange, give, take
 from tests.harness.netns import connect, listen
 
 PORT = 8080
-HEADER = struct.Struct("!BII")  # who ends first (0 client, 1 server), bytes of the client, bytes of the server
 RESET = struct.pack("ii", 1, 0)
-PATTERN = random.Random(7).randbytes(1 << 20)
 
 
-def take(connection: socket.socket) -> tuple[int, str]:
-    """Reads to the end: count and hash; an error is part of the answer."""
-    digest, count = hashlib.sha256(), 0
-    while chunk := connection.recv(1 << 18):
-        digest.update(chunk)
-        count += len(chunk)
-    return count, digest.hexdigest()
-
-
-def give(connection: socket.socket, count: int) -> None:
-    """Sends `count` bytes of the pattern, and the end."""
-    while count > 0:
-        part = PATTERN[: min(count, len(PATTERN))]
-        connection.sendall(part)
-        count -= len(part)
-    connection.shutdown(socket.SHUT_WR)
-
-
-def serve_one(connection: socket.socket) -> tuple[int, str]:
-    """The server's part of one exchange; returns what it received after the header."""
-    with connection:
-        connection.settimeout(60)
-        header = b""
-        while len(header) < HEADER.size:
-            header += connection.recv(HEADER.size - len(header))
-        server_first, _, mine = HEADER.unpack(header)
-        if server_first:
-            give(connection, mine)
-            return take(connection)
-        received = take(connection)
-        give(connection, mine)
-        return received
-
-
-def serve(listener: socket.socket, count: int, pool: ThreadPoolExecutor) -> list[tuple[int, str]]:
-    """`count` exchanges at once; results in no order."""
-    listener.settimeout(60)
-    waiting = [pool.submit(serve_one, listener.accept()[0]) for _ in range(count)]
-    return [each.result() for each in waiting]
-
-
-def ask_one(path: str, address: str, case: tuple[int, int, int]) -> tuple[int, str]:
-    """The client's part of one exchange."""
-    with connect(path, address, PORT, timeout=60) as connection:
-        connection.sendall(HEADER.pack(*case))
-        if case[0]:
-            received = take(connection)
-            give(connection, case[1])
-            return received
-        give(connection, case[1])
-        return take(connection)
-
-
-def exchange(
-    nodes: Nodes, target: str, cases: list[tuple[int, int, int]]
-) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+def talk(nodes: Nodes, target: str, cases: list[Case]) -> tuple[list[Taken], list[Taken]]:
     """All cases at once; what the clients received in order, what the server received sorted."""
     server = nodes[target]
-    with (
-        listen(server.path, server.address(4), PORT, backlog=512) as listener,
-        ThreadPoolExecutor(2 * len(cases) + 1) as pool,
-    ):
-        serving = pool.submit(serve, listener, len(cases), pool)
-        clients = [pool.submit(ask_one, nodes["client"].path, server.address(4), case) for case in cases]
-        return [each.result() for each in clients], sorted(serving.result())
+    address = (server.address(4), PORT)
+    return exchange(nodes["client"].path, address, server.path, address, cases)[:2]
 
 
 def test_two_hundred_at_once_as_without_the_mesh(tmp_path: Path) -> None:
@@ -98,11 +36,11 @@ def test_two_hundred_at_once_as_without_the_mesh(tmp_path: Path) -> None:
     cases = [(n % 2, size(n), size(n)) for n in range(200)]
     places = {"client": 0, "near": 0, "server": 1}
     with Nodes(tmp_path, places, engines=(False, False)) as plain:
-        expected = exchange(plain, "server", cases)
+        expected = talk(plain, "server", cases)
     with Nodes(tmp_path, places, workers=2) as nodes:
         nodes.publish()
-        assert exchange(nodes, "server", cases) == expected
-        assert exchange(nodes, "near", cases) == expected
+        assert talk(nodes, "server", cases) == expected
+        assert talk(nodes, "near", cases) == expected
         client = nodes.clients[0]
         assert client is not None
         assert client.dump("connections") == []
