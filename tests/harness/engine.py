@@ -202,3 +202,9 @@ class EngineProcess:
             raise AssertionError(f"the engine did not end: {self.log.read_text()}") from None
         sanitized.check(self.log.read_text(errors="replace"))
         return status
+
+
+def opened(metrics: str, reporter: str) -> int:
+    """Connections that a node has opened as "source" or "destination", over all labels."""
+    start = f'istio_tcp_connections_opened_total{{reporter="{reporter}"'
+    return sum(int(float(line.rsplit(" ", 1)[1])) for line in metrics.splitlines() if line.startswith(start))
