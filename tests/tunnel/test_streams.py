@@ -12,35 +12,42 @@ from pathlib import Path
 import pytest
 
 from tests.harness.cluster import Nodes
-from tests.harness.exchange import PATTERN, Case, Taken, exchange, give, take
+from tests.harness.exchange import PATTERN, Case, Taken, exchange, give, take, taken
 from tests.harness.netns import connect, listen
 
 PORT = 8080
 RESET = struct.pack("ii", 1, 0)
 
 
-def talk(nodes: Nodes, target: str, cases: list[Case]) -> tuple[list[Taken], list[Taken]]:
+def talk(nodes: Nodes, target: str, family: int, cases: list[Case]) -> tuple[list[Taken], list[Taken]]:
     """All cases at once; what the clients received in order, what the server received sorted."""
     server = nodes[target]
-    address = (server.address(4), PORT)
+    address = (server.address(family), PORT)
     return exchange(nodes["client"].path, address, server.path, address, cases)[:2]
 
 
-def test_two_hundred_at_once_as_without_the_mesh(tmp_path: Path) -> None:
+def two_hundred() -> list[Case]:
+    """Each order of ending with nothing, all of 8 MiB and a frame's bounds; the rest at random between them."""
     dice = random.Random(11)
-    sizes = [0, 1, 16375, 16384, 65536, 8 << 20]
+    most = 8 << 20
+    pairs = [(0, 0), (0, most), (most, 0), (most, most), (1, 0), (0, 1), (16375, 16384), (16384, 16375), (16376, 65536)]
+    cases = [(first, mine, theirs) for first in (0, 1) for mine, theirs in pairs]
+    while len(cases) < 200:
+        cases.append((len(cases) % 2, int(2 ** dice.uniform(0, 23)), int(2 ** dice.uniform(0, 23))))
+    return cases
 
-    def size(n: int) -> int:
-        return sizes[dice.randrange(6)] if n < 12 else int(2 ** dice.uniform(0, 21))
 
-    cases = [(n % 2, size(n), size(n)) for n in range(200)]
+@pytest.mark.parametrize("family", [4, 6])
+def test_two_hundred_at_once_as_without_the_mesh(tmp_path: Path, family: int) -> None:
+    cases = two_hundred()
     places = {"client": 0, "near": 0, "server": 1}
     with Nodes(tmp_path, places, engines=(False, False)) as plain:
-        expected = talk(plain, "server", cases)
+        expected = talk(plain, "server", family, cases)
+    assert expected[0] == [taken(theirs) for _, _, theirs in cases]
     with Nodes(tmp_path, places, workers=2) as nodes:
         nodes.publish()
-        assert talk(nodes, "server", cases) == expected
-        assert talk(nodes, "near", cases) == expected
+        assert talk(nodes, "server", family, cases) == expected
+        assert talk(nodes, "near", family, cases) == expected
         client = nodes.clients[0]
         assert client is not None
         assert client.dump("connections") == []
