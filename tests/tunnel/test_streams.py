@@ -6,12 +6,13 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.harness.cluster import Nodes
+from tests.harness.engine import opened
 from tests.harness.exchange import PATTERN, Case, Taken, exchange, give, take, taken
 from tests.harness.netns import connect, listen
 
@@ -127,43 +128,64 @@ def test_a_reset_is_the_same_error_at_the_same_side(
 
 
 def test_five_thousand_resets_beside_an_open_stream(tmp_path: Path) -> None:
-    def drop_all(listener: socket.socket, stop: threading.Event) -> None:
-        listener.settimeout(0.2)
-        while not stop.is_set():
-            try:
-                listener.accept()[0].close()
-            except OSError:
-                continue
+    """By turns the client and the server reset, each after both have heard from the other: no reset is lost unseen."""
+    count = 5000
+
+    def expect_reset(connection: socket.socket) -> None:
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+
+    def serve_all(listener: socket.socket) -> int:
+        for n in range(count):
+            accepted, _ = listener.accept()
+            with accepted:
+                accepted.settimeout(20)
+                assert accepted.recv(1) == b"?"
+                accepted.sendall(b"!")
+                if n % 2:
+                    assert accepted.recv(1) == b"."
+                    reset(accepted)
+                else:
+                    expect_reset(accepted)
+        listener.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+        return count
 
     with Nodes(tmp_path, {"client": 0, "server": 1}) as nodes:
         nodes.publish()
         server, path = nodes["server"], nodes["client"].path
-        stop = threading.Event()
         with (
             listen(server.path, server.address(4), PORT) as listener,
-            listen(server.path, server.address(4), PORT + 1, backlog=4096) as dropping,
+            listen(server.path, server.address(4), PORT + 1) as resetting,
+            ThreadPoolExecutor(1) as pool,
         ):
             neighbour = connect(path, server.address(4), PORT)
             other, _ = listener.accept()
-            thread = threading.Thread(target=drop_all, args=(dropping, stop))
-            thread.start()
+            serving = pool.submit(serve_all, resetting)
             with neighbour, other:
-                for n in range(5000):
-                    with suppress(ConnectionError), connect(path, server.address(4), PORT + 1) as made:
-                        made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                        made.sendall(b"x")
+                other.settimeout(20)
+                for n in range(count):
+                    with connect(path, server.address(4), PORT + 1) as made:
+                        made.sendall(b"?")
+                        assert made.recv(1) == b"!"
+                        if n % 2:
+                            made.sendall(b".")
+                            expect_reset(made)
+                        else:
+                            reset(made)
                     if n % 500 == 0:
                         neighbour.sendall(b"still here")
                         assert other.recv(100) == b"still here"
+                assert serving.result() == count
                 neighbour.sendall(b"and at the end")
                 assert other.recv(100) == b"and at the end"
-            stop.set()
-            thread.join()
-        client = nodes.clients[0]
-        assert client is not None
-        tunnels = [item for item in client.dump("tunnels") if item["direction"] == "outbound"]
-        assert len(tunnels) == 1, tunnels
-        assert not tunnels[0]["retired"]
+                for direction, client in zip(("outbound", "inbound"), nodes.clients, strict=True):
+                    assert client is not None
+                    (tunnel,) = client.dump("tunnels")
+                    assert (tunnel["direction"], tunnel["state"], tunnel["retired"]) == (direction, "open", False)
+                    assert tunnel["streams"] == 1
+                    assert opened(client.metrics(), "source" if direction == "outbound" else "destination") == count + 1
 
 
 # -- back-pressure ---------------------------------------------------------------------------------------------------
