@@ -29,7 +29,8 @@ from sidestep.node.reconcile import Capture
 from sidestep.node.resident import Names, Resident
 from sidestep.node.statefile import FileAuthority, FileFeed
 from tests.harness.kubelet import Kubelet
-from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo, eventually, ip, tool
+from tests.harness.netns import run as tool
+from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo, eventually, ip
 
 PLUGIN = Path(__file__).resolve().parents[2] / "agent/sidestep/bin/sidestep-cni"
 NODE = "node1"

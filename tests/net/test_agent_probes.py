@@ -14,7 +14,8 @@ import pytest
 from sidestep.lab.cluster import cgroup2
 from sidestep.node.pods import Pod
 from tests.harness.kubelet import Kubelet
-from tests.harness.pods import Sandbox, echo, eventually, inside
+from tests.harness.netns import inside
+from tests.harness.pods import Sandbox, echo, eventually
 from tests.net.test_agent import PORT, Node, attached, node, run
 
 __all__ = ["node"]
@@ -49,7 +50,7 @@ async def probe(kubelet: Kubelet, host: Sandbox, address: str, port: int = PORT)
 async def other(host: Sandbox, address: str) -> str:
     """Any other process of the node."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return await greeted(inside(host.namespace, lambda: socket.socket(family)), address)
+    return await greeted(inside(host.path, lambda: socket.socket(family)), address)
 
 
 async def handed(node: Node, pod: Pod) -> int:
