@@ -110,7 +110,7 @@ static int on_send_data(nghttp2_session *h2, nghttp2_frame *frame, const uint8_t
                 memcpy(record, header, 9);
                 if (tls_write(&t->tls, record, (int)length + 9, &t->key_updates) < 0)
                         return NGHTTP2_ERR_CALLBACK_FAILURE;
-        } else if (stage_add(t, header, 9) < 0 || stage_add(t, buf_at(&s->out), length) < 0) {
+        } else if (stage_add(t, header, 9) < 0 || (length && stage_add(t, buf_at(&s->out), length) < 0)) {
                 return NGHTTP2_ERR_CALLBACK_FAILURE;
         }
         if (length)

@@ -1,6 +1,7 @@
-"""The root is replaced in a running lab, by the steps of decision 0005: no connection fails, nothing is restarted.
+"""Certificates are replaced in a running lab: no connection fails, nothing is restarted.
 
-Between the steps the test waits for what an operator waits for: that every agent's certificates have the bundle of
+Leaves that live half a minute are renewed again and again; the root is replaced by the steps of decision 0005. Between
+the steps the test waits for what an operator waits for: that every agent's certificates have the bundle of
 the step. The second step brings a third root along, for a bundle that changes renews all certificates at once: half a
 life (12 h) is not waited for here.
 """
@@ -57,7 +58,8 @@ while True:
 
 
 @pytest.fixture
-def lab(tmp_path: Any) -> Iterator[Lab]:
+def lab(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[Lab]:
+    """Three pods in the mesh on two nodes; a parameter is further arguments of `lab up`."""
     manifest = tmp_path / "pods.yaml"
     objects: list[dict[str, Any]] = [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop", "labels": {LABEL: "ambient"}}}
@@ -68,7 +70,7 @@ def lab(tmp_path: Any) -> Iterator[Lab]:
     manifest.write_text(yaml.safe_dump_all(objects))
     made = Lab(f"t{os.getpid() % 10000}")
     try:
-        made.up(manifest)
+        made.up(manifest, options=getattr(request, "param", ()))
         eventually("shop enrolled", lambda: made.enrolled("shop") == {"client", "near", "far"})
         yield made
     finally:
@@ -120,6 +122,41 @@ def identities(lab: Lab) -> list[dict[str, Any]]:
 def holds(node: Node, policy: str) -> bool:
     """Whether a node's engine has it."""
     return any(row["key"] == policy for row in node.ask("/policies"))
+
+
+def serials(lab: Lab) -> dict[tuple[str, str], str]:
+    """The serial number of every node's every certificate."""
+    return {
+        (node.path.as_posix(), row["identity"]): str(row["serial"])
+        for node in find(lab.name)
+        for row in node.ask("/certificates")
+    }
+
+
+@pytest.mark.parametrize("lab", [("--control-arg=--max-ttl-s=30",)], indirect=True)
+def test_leaves_are_renewed_under_load(lab: Lab) -> None:
+    """Three generations of every leaf, each as long as half its life: what was verified with the first has ended."""
+    load = Load(lab)
+    try:
+        load.more()
+        seen: dict[tuple[str, str], set[str]] = {each: set() for each in serials(lab)}
+
+        def renewed() -> bool:
+            for each, serial in serials(lab).items():
+                seen[each].add(serial)
+            return all(len(found) > 3 for found in seen.values())
+
+        started = time.monotonic()
+        eventually("three new leaves each", renewed, 180)
+        load.more()
+        assert load.failed == []
+        ends = [row["not_after"] - time.time() for node in find(lab.name) for row in node.ask("/certificates")]
+        assert len(seen) == 3 and all(0 < end < 31 for end in ends), ends
+    finally:
+        load.end()
+        print(
+            f"{time.monotonic() - started:.0f} s, {load.done} connections, {len(load.failed)} failed: {load.failed[:5]}"
+        )
 
 
 def test_a_root_is_replaced_under_load(lab: Lab) -> None:

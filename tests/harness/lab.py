@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,12 +94,12 @@ class Lab:
         assert not check or done.returncode == 0, f"lab {' '.join(args)}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done
 
-    def up(self, *manifests: Path) -> None:
-        """Brings it up with these manifests; every pod is ready afterwards."""
-        options = ["--nodes", str(self.nodes), *(["--plain"] if self.plain else [])]
+    def up(self, *manifests: Path, options: Sequence[str] = ()) -> None:
+        """Brings it up with these manifests and further options; every pod is ready afterwards."""
+        words = ["--nodes", str(self.nodes), *(["--plain"] if self.plain else []), *options]
         for manifest in manifests:
-            options += ["-f", str(manifest)]
-        self.command("up", *options, timeout=240)
+            words += ["-f", str(manifest)]
+        self.command("up", *words, timeout=240)
 
     def down(self) -> None:
         """Takes it down."""

@@ -42,6 +42,26 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
         self.roots = self._certificate.public_bytes(serialization.Encoding.PEM).decode()
+        self.between = ""  # what comes between a leaf and the root
+
+    def intermediate(self) -> "Authority":
+        """An authority that this one vouches for: its leaves bring its certificate along, the root is this one's."""
+        below = Authority("test intermediate")
+        now = datetime.now(UTC)
+        below._certificate = (
+            x509.CertificateBuilder()
+            .subject_name(below._certificate.subject)
+            .issuer_name(self._certificate.subject)
+            .public_key(below._key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=2))
+            .not_valid_after(now + timedelta(days=10))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        below.between = below._certificate.public_bytes(serialization.Encoding.PEM).decode()
+        below.roots = self.roots
+        return below
 
     def leaf(
         self,
@@ -74,7 +94,7 @@ class Authority:
             key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             ).decode(),
-            certificate.public_bytes(serialization.Encoding.PEM).decode(),
+            certificate.public_bytes(serialization.Encoding.PEM).decode() + self.between,
             self.roots,
         )
 

@@ -251,7 +251,8 @@ def test_an_address_that_cannot_be_read_is_told_until_it_is_good(tmp_path: Path)
 def test_records_are_looked_for_by_their_text(tmp_path: Path) -> None:
     """What is asked for comes whole, from the first, the last and a middle line; nothing that does not contain it."""
 
-    async def work(server: Server, asked: Asked, _stream: Stream) -> None:
+    async def work(server: Server, asked: Asked, stream: Stream) -> None:
+        assert stream.pending()
         many = {f"Kubernetes//Pod/shop/m{n}": workload(f"m{n}", "shop", f"10.77.1.{n}") for n in range(1, 200)}
         server.say("many", **many, removed=tuple(DB))
         await server.answer("many")

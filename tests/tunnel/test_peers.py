@@ -161,6 +161,29 @@ def test_forged_headers_change_nothing(into: Nodes) -> None:
     assert peers == [client.address(4)]
 
 
+@pytest.mark.parametrize("whose", ["client's", "server's", "nobody's"])
+def test_intermediates_go_with_the_leaf(tmp_path: Path, whose: str) -> None:
+    """A peer that knows the root only can verify what the engine shows, in both roles."""
+    engines = (whose == "client's", whose != "client's")
+    with Nodes(tmp_path, {"client": 0, "server": 1}, engines=engines) as nodes:
+        nodes.publish()
+        client, server, below = nodes["client"], nodes["server"], nodes.authority.intermediate()
+        if whose == "client's":
+            nodes.certify(client, below.leaf(client.identity))
+            with hbone_peer.Server(server.path, server.address(4), nodes.authority.leaf(server.identity)):
+                with connect(client.path, server.address(4), 8080) as connection:
+                    connection.sendall(b"x")
+                    assert connection.recv(1) == b"x"
+            return
+        nodes.certify(server, (below if whose == "server's" else nodes.authority).leaf(server.identity))
+        with listen(server.path, server.address(4), 8080) as listener:
+            thread = threading.Thread(target=echo, args=(listener, []))
+            thread.start()
+            leaf, authority = nodes.authority.leaf(client.identity), f"{server.address(4)}:8080"
+            assert hbone_peer.exchange(client.path, server.address(4), leaf, authority, b"x") == b"x"
+            thread.join()
+
+
 def test_two_pods_of_one_account_never_share_a_tunnel(tmp_path: Path) -> None:
     places = {"one": 0, "two": 0, "server": 1}
     with Nodes(tmp_path, places, engines=(True, False), accounts={"one": "same", "two": "same"}) as nodes:

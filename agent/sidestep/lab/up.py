@@ -143,11 +143,11 @@ def up(
     manifests: Sequence[Manifest],
     *,
     timeout_s: float = 120,
-    agent_args: Sequence[str] = (),
-    engine_args: Sequence[str] = (),
+    extra: Mapping[str, Sequence[str]],
 ) -> int:
-    """Makes the lab. Raises LabError after taking everything back; returns 1 where pods do not become ready (the lab
-    stays, so that one can look), 0 otherwise."""
+    """Makes the lab. `extra`: further arguments by what they are for, `agent`, `engine` or `control`. Raises LabError
+    after taking everything back; returns 1 where pods do not become ready (the lab stays, so that one can look), 0
+    otherwise."""
     check_name(name)
     if not 1 <= nodes <= MAX_NODES:
         raise LabError(f"--nodes is 1 to {MAX_NODES}")
@@ -159,7 +159,7 @@ def up(
         try:
             progress.step(f"lab {name}: {nodes} nodes, {cluster.range4}" + (", without the mesh" if plain else ""))
             network.create(cluster)
-            _start(cluster, agent_args, engine_args)
+            _start(cluster, extra)
             asyncio.run(_fill(cluster, manifests, progress))
         except BaseException as error:
             logs = _last_words(cluster) if isinstance(error, LabError) else ""
@@ -216,10 +216,10 @@ def _creation(name: str, nodes: int, plain: bool) -> Iterator[Cluster]:
     yield cluster
 
 
-def _start(cluster: Cluster, agent_args: Sequence[str], engine_args: Sequence[str]) -> None:
+def _start(cluster: Cluster, extra: Mapping[str, Sequence[str]]) -> None:
     """Directories, cgroups, the list of processes, and the keeper that starts them."""
     root = cgroup2() / cluster.cgroup_name
-    processes = list(_processes(cluster, root, agent_args, engine_args))
+    processes = list(_processes(cluster, root, extra))
     cluster.logs.mkdir(mode=0o700)
     for process in processes:
         Path(process.cgroup).mkdir(parents=True, exist_ok=True)
@@ -241,9 +241,7 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _processes(
-    cluster: Cluster, root: Path, agent_args: Sequence[str], engine_args: Sequence[str]
-) -> Iterator[keeper.Process]:
+def _processes(cluster: Cluster, root: Path, extra: Mapping[str, Sequence[str]]) -> Iterator[keeper.Process]:
     python = (sys.executable, "-u", "-m")
     kubeconfig = str(cluster.kubeconfig)
 
@@ -262,7 +260,7 @@ def _processes(
     if not cluster.plain:
         control = [
             *python, "sidestep", "control", "--kubeconfig", kubeconfig, "--bind", str(cluster.ip4),
-            "--namespace", SYSTEM_NAMESPACE,
+            "--namespace", SYSTEM_NAMESPACE, *extra.get("control", ()),
         ]  # fmt: skip
         yield process("control", cluster.netns_path, "control", control, kubeconfig)
     for node in cluster.nodes:
@@ -271,7 +269,8 @@ def _processes(
         if cluster.plain:
             continue
         engine = [
-            str(BIN / "supervise"), *python, "sidestep", "engine", "--socket", str(node.engine_socket), *engine_args,
+            str(BIN / "supervise"), *python, "sidestep", "engine", "--socket", str(node.engine_socket),
+            *extra.get("engine", ()),
         ]  # fmt: skip
         yield process(f"{node.name}-engine", node.netns_path, f"{node.cgroup}/engine", engine)
         agent = [
@@ -284,8 +283,8 @@ def _processes(
         for cidr in (cluster.pods4, cluster.pods6, cluster.services4, cluster.services6):
             agent += ["--cluster-cidr", str(cidr)]
         yield process(
-            f"{node.name}-agent", node.netns_path, f"{node.cgroup}/agent", [*agent, *agent_args], kubeconfig,
-            node.token_file,
+            f"{node.name}-agent", node.netns_path, f"{node.cgroup}/agent", [*agent, *extra.get("agent", ())],
+            kubeconfig, node.token_file,
         )  # fmt: skip
 
 
