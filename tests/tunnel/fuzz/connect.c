@@ -64,6 +64,12 @@ void identity_unref(struct identity *i)
         free(i);
 }
 
+bool identity_trusts(const struct identity *i, const uint8_t root[TLS_DIGEST])
+{
+        (void)i, (void)root;
+        return true;
+}
+
 int tls_open(struct tls *t, struct identity *i, bool server)
 {
         (void)server;
@@ -85,10 +91,11 @@ int tls_handshake(struct tls *t)
         return 1;
 }
 
-const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s)
+const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s, uint8_t root[TLS_DIGEST])
 {
         (void)t;
         strcpy(uri, IDENTITY);
+        memset(root, 0, TLS_DIGEST);
         *not_after_s = INT64_MAX;
         return NULL;
 }
