@@ -89,6 +89,9 @@ $(OUT)/san/t_%: tests/tunnel/t_%.c $(OUT)/san/libtunnel.a
 $(OUT)/san/fuzz-%: tests/tunnel/fuzz/%.c $(OUT)/san/libtunnel.a
 	@$(CLANG) $(SAN) -fsanitize=fuzzer,address,undefined -o $@ $< $(OUT)/san/libtunnel.a $(SAN_LIBS)
 
+# Kept between runs: make would take them for intermediate files.
+.SECONDARY: $(C_TESTS) $(C_FUZZ)
+
 .PHONY: check-c fuzz-c fuzz-channel lint
 check: lint check-c fuzz-c fuzz-channel
 check-c: $(C_TESTS:%=%.run)
