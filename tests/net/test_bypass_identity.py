@@ -199,11 +199,13 @@ for device in ("eth0", "lo"):
     sockets.append(s)
 print("listening", flush=True)
 while True:
-    for s in select.select([*sockets, sys.stdin], [], [])[0]:
-        if s is sys.stdin:
-            print(" ".join(sorted(found)), flush=True); sys.exit()
-        frame = s.recv(1 << 17)
-        found |= {mark.decode() for mark in marks if mark in frame}
+    ready = select.select([*sockets, sys.stdin], [], [])[0]
+    for s in ready:
+        if s is not sys.stdin:
+            frame = s.recv(1 << 17)
+            found |= {mark.decode() for mark in marks if mark in frame}
+    if ready == [sys.stdin]:  # and nothing is left to be heard
+        print(" ".join(sorted(found)), flush=True); sys.exit()
 """
 
 
