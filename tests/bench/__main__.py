@@ -16,6 +16,7 @@ the figures that the issue of speed asks for are printed beside what there is.
 import argparse
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,14 @@ def chosen(words: str, known: Sequence[str], what: str) -> list[str]:
     return found
 
 
+def variant(text: str) -> tuple[str, list[str]]:
+    """NAME=OPTIONS. Raises argparse.ArgumentTypeError."""
+    name, _, options = text.partition("=")
+    if not name.isalnum() or name in NAMES or not options:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=OPTIONS with a name of its own")
+    return name, shlex.split(options)
+
+
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -60,7 +69,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=5, help="runs of each case, at least 3 for a judgement (default: 5)"
     )
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each run (default: 1.5)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each run (default: 2)")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument(
         "--control", action="store_true", help="with no pod in the mesh: sidestep's cases must be aborted"
@@ -71,6 +80,14 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
         default=list(NAMES[:-1]),
         metavar="NAMES",
         help=f"which, with commas; `plain` is always there (default: {','.join(NAMES[:-1])})",
+    )
+    parser.add_argument(
+        "--variant",
+        type=variant,
+        action="append",
+        default=[],
+        metavar="NAME=OPTIONS",
+        help="also sidestep with options of `lab up`, in a lab of its own: --variant mtls=--agent-arg=--same-node=mtls",
     )
     parser.add_argument("--peer", default="", metavar="COMMAND", help="another proxy, see below")
     parser.add_argument(
@@ -140,9 +157,13 @@ class Run:
         options = self.options
         with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name:
             folder = Path(name)
-            with targets(folder, options.targets, options.peer, enrol=not options.control) as found:
+            with targets(
+                folder, options.targets, options.peer, dict(options.variant), enrol=not options.control
+            ) as found:
                 self.about = {target.name: target.about for target in found}
                 self.memory["idle"] = figures.memory(found)
+                if not options.rows:
+                    self._idle([target for target in found if not (options.control and target.name == OURS)])
                 self.results = collect(found, self._rows(), options.places, options.rounds, options.seconds, tell)
                 self.memory["after"] = figures.memory(found)
                 if not options.rows:
@@ -174,13 +195,6 @@ class Run:
             what = f"memory of agent and engine with {SLEEPERS + 2} pods, MiB"
             self._wanted(what, f"{total:.1f}", f"at most {MEMORY_MIB}", total <= MEMORY_MIB, decides=True)
             self._wanted(what, f"{total:.1f}", f"under {MEMORY_MIB_AIM}", total < MEMORY_MIB_AIM)
-        with noting(self.broken, f"{figures.IDLE} idle connections"):
-            self.idle = figures.idle([target for target in found if not (self.options.control and target is ours)])
-            self.broken += [each["aborted"] for each in self.idle if "aborted" in each]
-            worst = figures.idle_worst(self.idle)
-            if worst is not None:
-                what = f"engine's memory for each of {figures.IDLE} open connections that do nothing, KiB"
-                self._wanted(what, f"{worst:.1f}", f"at most {figures.IDLE_KIB}", worst <= figures.IDLE_KIB)
         if ours is not None and not self.options.control:
             with noting(self.broken, "enrolment of a namespace"):
                 took = figures.enrolment(ours.side, min(rounds, 3))
@@ -188,6 +202,14 @@ class Run:
                     self.figures.append(
                         figure(f"{what} of a namespace of {took['pods']} pods, s", report.ranged(took[key]))
                     )
+
+    def _idle(self, found: Sequence[Target]) -> None:
+        with noting(self.broken, f"{figures.IDLE} idle connections"):
+            self.idle = figures.idle(found)
+            worst = figures.idle_worst(self.idle)
+            if worst is not None:
+                what = f"engine's memory for each of {figures.IDLE} open connections that do nothing, KiB"
+                self._wanted(what, f"{worst:.1f}", f"at most {figures.IDLE_KIB}", worst <= figures.IDLE_KIB)
 
     def _fleet(self, folder: Path) -> None:
         with noting(self.broken, f"{PODS} pods on a node"):

@@ -268,6 +268,10 @@ static void begin(void)
         conns[fd] = (struct conn){.state = CONNECTING, .begun_ns = now_ns()};
         job.working++;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+        if (job.kind == STALL) { /* its end must not wait for the reader: that one will never read */
+                struct linger reset = {.l_onoff = 1};
+                setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
+        }
         if (connect(fd, (struct sockaddr *)&job.to, job.to_len) < 0 && errno != EINPROGRESS) {
                 leave(fd, "connect", errno);
                 job.working--;

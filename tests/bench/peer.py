@@ -45,7 +45,7 @@ after SIGTERM is killed. What it changed in the namespaces goes with the lab."""
 class Peer:
     """One that is ready. `to`: (place, port) -> where the load connects."""
 
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[bytes]"
     to: dict[tuple[str, int], tuple[str, int]]
     places: tuple[str, ...]
     version: str
@@ -74,14 +74,16 @@ def read(lines: Iterator[str]) -> tuple[dict[tuple[str, int], tuple[str, int]], 
     raise LoadError("the peer ended before it was ready")
 
 
-def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
+def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
+    """What it says, line by line, until START_S are over. The pipe is read raw: select() sees no buffer of ours."""
     assert process.stdout is not None
-    end = time.monotonic() + START_S
+    end, rest = time.monotonic() + START_S, b""
     while select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
-        line = process.stdout.readline()
-        if not line:
+        said = os.read(process.stdout.fileno(), 4096)
+        if not said:
             return
-        yield line
+        *lines, rest = (rest + said).split(b"\n")
+        yield from (line.decode() for line in lines)
     raise LoadError(f"the peer was not ready within {START_S:.0f} s")
 
 
@@ -95,7 +97,7 @@ def peer(side: Side, command: str) -> Iterator[Peer]:
         environment[f"BENCH_{pod.upper()}_NETNS"] = side.netns[pod]
         environment[f"BENCH_{pod.upper()}_IP"] = side.addresses[pod]
     process = subprocess.Popen(
-        ["sh", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        ["sh", "-c", command], stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
         env={**os.environ, **environment},
     )  # fmt: skip
     try:
@@ -104,7 +106,7 @@ def peer(side: Side, command: str) -> Iterator[Peer]:
         _stop(process)
 
 
-def _stop(process: "subprocess.Popen[str]") -> None:
+def _stop(process: "subprocess.Popen[bytes]") -> None:
     for number, patience in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
         for pid in session(process.pid):
             with contextlib.suppress(ProcessLookupError):

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 COLOURS = {"floor": "#9aa5b1", "sidestep": "#1f6feb", "envoy": "#d29922", "peer": "#8957e5"}
+OTHER = "#57ab5a"
 LEFT, WIDTH, BAR, GAP, TOP = 300, 560, 12, 14, 64
 FULL = 1.1  # the largest share that is drawn
 
@@ -19,10 +20,10 @@ def svg(report: Mapping[str, Any]) -> str:
     """The picture."""
     body: list[str] = []
     y: float = TOP
-    names = [name for name in report["targets"] if name in COLOURS]
+    names = [name for name in report["targets"] if name != "plain"]
     for number, name in enumerate(names):
         x = LEFT + number * 120
-        body.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{COLOURS[name]}"/>')
+        body.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{COLOURS.get(name, OTHER)}"/>')
         body.append(f'<text x="{x + 18}" y="44">{name}</text>')
     for row in report["rows"]:
         bars = [(name, row["targets"][name]["share"]) for name in names if "share" in row["targets"].get(name, {})]
@@ -37,9 +38,9 @@ def svg(report: Mapping[str, Any]) -> str:
                 at = _x(aim["reach"])
                 body.append(f'<path d="M{at:.1f} {y - 3}v{len(bars) * BAR + 6}" stroke="#1a7f37" stroke-width="2"/>')
         for name, share in bars:
-            end, middle = _x(share["median"]), y + BAR / 2 - 1
+            end, middle, colour = _x(share["median"]), y + BAR / 2 - 1, COLOURS.get(name, OTHER)
             body.append(
-                f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="{BAR - 2}" fill="{COLOURS[name]}">'
+                f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="{BAR - 2}" fill="{colour}">'
                 f"<title>{name}: {share['median']:.3f} ({share['min']:.3f} to {share['max']:.3f})</title></rect>"
             )
             body.append(f'<path d="M{_x(share["min"]):.1f} {middle:g}H{_x(share["max"]):.1f}" stroke="#24292f"/>')

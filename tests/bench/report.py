@@ -12,6 +12,7 @@ VERDICTS = {
     "reached": "reached",
     "floor": f"reached ({OF_FLOOR} of the floor)",
     "short": "NOT reached",
+    "saturated": "NOT reached: saturated",
 }
 
 
@@ -40,7 +41,7 @@ def number(value: float) -> str:
 def ranged(spread: Record, scale: float = 1) -> str:
     """Median, and smallest to largest."""
     median, least, most = (number(spread[key] / scale) for key in ("median", "min", "max"))
-    return f"{median} ({least} to {most})"
+    return median if len(spread["all"]) == 1 else f"{median} ({least} to {most})"
 
 
 def _rate(entry: Record, row: Record) -> str:
@@ -66,9 +67,11 @@ def _matrix(report: Record, place: str, names: Sequence[str], cell: Callable[[Re
 
 
 def _share(entry: Record, row: Record, name: str) -> str:
+    if row["kind"] == "open":  # the rate was given
+        return ""
     if name == "plain":
         return _rate(entry, row)
-    return ranged(entry["share"]) + (" saturated" if entry["saturated"] else "") if "share" in entry else ""
+    return ranged(entry["share"]) if "share" in entry else ""
 
 
 def _latency(key: str) -> Callable[[Record, Record, str], str]:
@@ -76,7 +79,8 @@ def _latency(key: str) -> Callable[[Record, Record, str], str]:
         if f"{key}_us" not in entry:
             return ""
         times = f", x {entry[f'{key}_ratio']['median']:.2f}" if f"{key}_ratio" in entry else ""
-        return number(entry[f"{key}_us"]["median"]) + times + (" saturated" if entry["saturated"] else "")
+        rate = f" at {_rate(entry, row)}" if row["kind"] == "open" else ""
+        return number(entry[f"{key}_us"]["median"]) + times + rate + (" saturated" if entry["saturated"] else "")
 
     return cell
 
@@ -134,7 +138,7 @@ def _idle(idle: Sequence[Record]) -> str:
     lines = [
         [f"{each['target']}, {each['place']}", process, number(kib)]
         for each in idle
-        for process, kib in each.get("kib_each", {}).items()
+        for process, kib in each["kib_each"].items()
     ]
     return table(["open connections that do nothing", "process", "KiB each"], lines)
 

@@ -67,14 +67,22 @@ class Result:
         found = []
         for aim in AIMS.get((self.place, self.row.name), ()):
             value = self.ratio(aim.of, OURS)
-            if value is not None:
+            if value is not None and not self.saturated(BARE):
                 floor = self.ratio(aim.of, "floor") if self.place == "across" else None
-                found.append(_judgement(aim, value, floor))
+                found.append(_judgement(aim, value, floor, self.saturated(OURS)))
         return found
 
+    def saturated(self, target: str) -> bool:
+        """Whether a target did not carry the row's rate in most of the rounds."""
+        samples = self.samples.get(target, [])
+        return sum(each.saturated for each in samples) * 2 > len(samples)
+
     def ahead(self) -> bool | None:
-        """Whether sidestep is ahead of the Envoy pair: by rate, or by p99 at a fixed rate. None where not both ran."""
-        of, sign = ("p99", -1) if self.row.of else ("share", 1)
+        """Whether sidestep is ahead of the Envoy pair: by rate, or by p99 at a fixed rate. None where not both ran, or
+        not at one rate."""
+        if self.row.kind == "open" and not self.row.of:
+            return None
+        of, sign = ("p99", -1) if self.row.kind == "open" else ("share", 1)
         ours, theirs = self.ratio(of, OURS), self.ratio(of, "envoy")
         return None if ours is None or theirs is None else sign * ours > sign * theirs
 
@@ -92,7 +100,7 @@ class Result:
                     part: _short(statistics.median(getattr(each.cpu, part) for each in samples) * cpu_scale)
                     for part in ("user", "system", "softirq")
                 },
-                "saturated": sum(each.saturated for each in samples) * 2 > len(samples),
+                "saturated": self.saturated(name),
             }
             for key in ("p50", "p99"):
                 values = [getattr(each, f"{key}_ns") / 1e3 for each in samples]
@@ -126,14 +134,14 @@ _MEASURES: dict[str, Callable[[Sample], float]] = {
 }
 
 
-def _judgement(aim: Aim, value: float, floor: float | None) -> dict[str, Any]:
+def _judgement(aim: Aim, value: float, floor: float | None, saturated: bool) -> dict[str, Any]:
     return {
         "of": aim.of,
         "reach": aim.reach,
         "stretch": aim.stretch,
         "value": _short(value),
         "floor": None if floor is None else _short(floor),
-        "verdict": aim.verdict(value, floor),
+        "verdict": "saturated" if saturated else aim.verdict(value, floor),
     }
 
 

@@ -94,7 +94,7 @@ def scale(folder: Path, quick: bool) -> list[dict[str, Any]]:
     with EngineProcess(folder, workers=0, supervised=True) as engine:
         command = [sys.executable, "-m", "tests.bench.feed", str(engine.path), f"127.0.0.1:{server.port}", str(token)]
         started = time.monotonic()
-        agent = subprocess.Popen(command)
+        agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             asked, _ = server.next()
             acked, answer = server.next()

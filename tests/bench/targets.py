@@ -6,7 +6,7 @@ not is aborted, whatever its figures.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.bench import envoy as envoy_pair
@@ -121,6 +121,19 @@ class Sidestep(Target):
         return self.side.processes()
 
 
+class Variant(Sidestep):
+    """The mesh with other options than it comes with: a lab of its own. On one node it may seal or not."""
+
+    def __init__(self, side: Side, name: str, options: Sequence[str]) -> None:
+        super().__init__(side)
+        self.name = name
+        self.about = f"the mesh with {' '.join(options)}"
+
+    def wrong(self, place: str, connections: int, grown: Sequence[float]) -> str:
+        """All of one kind and none of the other, whichever it is on one node."""
+        return super().wrong(place, connections, grown) and super().wrong("across", connections, grown)
+
+
 class EnvoyTarget(Target):
     """A sidecar in each of the two pods."""
 
@@ -172,9 +185,12 @@ class PeerTarget(Target):
 
 
 @contextlib.contextmanager
-def targets(folder: Path, names: Sequence[str], peer_command: str, *, enrol: bool = True) -> Iterator[list[Target]]:
-    """The targets of these names, up, in the order of NAMES. The floor and Envoy share the plain network's lab: they do
-    nothing while nobody connects to them. `enrol=False`: sidestep's pods stay outside the mesh: its rows must abort."""
+def targets(
+    folder: Path, names: Sequence[str], peer_command: str, variants: Mapping[str, Sequence[str]], *, enrol: bool = True
+) -> Iterator[list[Target]]:
+    """The targets of these names, up, in the order of NAMES, then the variants (name -> options of `lab up`). The floor
+    and Envoy share the plain network's lab: they do nothing while nobody connects to them. `enrol=False`: sidestep's
+    pods stay outside the mesh: its rows must abort."""
     with contextlib.ExitStack() as stack:
         made: list[Target] = []
         plain = stack.enter_context(lab(folder, "p", manifests("none"), mesh=False))
@@ -192,4 +208,8 @@ def targets(folder: Path, names: Sequence[str], peer_command: str, *, enrol: boo
             elif name == "peer":
                 own = stack.enter_context(lab(folder, "x", manifests("none"), mesh=False))
                 made.append(PeerTarget(own, stack.enter_context(peer(own, peer_command))))
+        for number, (name, options) in enumerate(variants.items()):
+            objects = manifests("ambient")
+            side = stack.enter_context(lab(folder, f"v{number}x", objects, mesh=True, options=options))
+            made.append(Variant(side, name, options))
         yield made
