@@ -144,7 +144,7 @@ def parse_pgbench(row: Row, text: str, log: str, cpu: Cpu) -> Sample:
     failed = re.search(r"number of failed transactions: (\d+)", text)
     rate = re.search(r"tps = ([\d.]+) \(without", text)
     took = sorted(int(line.split()[2]) for line in log.splitlines())
-    if not ops or not rate or not took or (failed and int(failed[1])):
+    if not ops or not int(ops[1]) or not rate or not took or (failed and int(failed[1])):
         raise LoadError(f"{row.name}: {text}")
     n = int(ops[1])
     p50, p99 = (took[int(share * (len(took) - 1))] * 1e3 for share in (0.5, 0.99))
