@@ -111,6 +111,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
         options.targets.append("peer")
     elif "peer" in options.targets:
         parser.error("target peer needs --peer COMMAND")
+    if options.write_docs and (options.quick or options.rows or options.control):
+        parser.error("a partial run is nothing for docs/: no --write-docs with --quick, --rows or --control")
     options.targets = sorted({"plain", *options.targets}, key=NAMES.index)
     if options.quick:
         options.rounds, options.seconds = 1, 0.3

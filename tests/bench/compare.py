@@ -85,6 +85,17 @@ def missing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def memory(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Processes whose memory before the load differs by more than LEAST."""
+    found = []
+    for target, processes in new["memory"]["idle"].items():
+        for process, mib in processes.items():
+            was = old["memory"]["idle"].get(target, {}).get(process)
+            if was and abs(mib - was) > LEAST * was:
+                found.append(f"memory {target}: {process}: {was:.1f} -> {mib:.1f} MiB")
+    return found
+
+
 def unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """In what the two machines, or the two settings, differ."""
     skip = {"load_before"}
@@ -111,7 +122,7 @@ def compare(old_path: Path, new_path: Path) -> int:
         (change for change in found if change.sign), key=lambda change: (change.target != "sidestep", change.sign)
     ):
         print(change.line())
-    for text in missing(old, new):
+    for text in [*missing(old, new), *memory(old, new)]:
         print(text)
     same = sum(not change.sign for change in found)
     print(f"{same} of {len(found)} figures did not change beyond noise")

@@ -100,7 +100,7 @@ def scale(folder: Path, quick: bool) -> list[dict[str, Any]]:
             acked, answer = server.next()
             if answer.HasField("error_detail"):
                 raise LoadError(f"{count} workloads were refused: {answer.error_detail.message}")
-            memory = [pss_mib(pid) for pid in (agent.pid, _child(engine.process.pid))]
+            memory = [_settled_mib(pid) for pid in (agent.pid, _child(engine.process.pid))]
         finally:
             agent.kill()
             agent.wait()
@@ -127,6 +127,15 @@ def scale(folder: Path, quick: bool) -> list[dict[str, Any]]:
             "ok": sum(memory) < MEMORY_MIB if wanted else None,
         },
     ]
+
+
+def _settled_mib(pid: int) -> float:
+    """PSS once it falls no more: what the work took is given back after it."""
+    before, now = float("inf"), pss_mib(pid)
+    while now < before - 0.5:
+        time.sleep(0.5)
+        before, now = now, pss_mib(pid)
+    return now
 
 
 def _child(pid: int) -> int:

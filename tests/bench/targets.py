@@ -50,10 +50,13 @@ class Target:
 
     def case(self, row: Row, place: str, seconds: float) -> Sample:
         """One run. Raises LoadError when it had an error or did not go the way it should."""
-        link, counts = self.side.link_bytes(), self.counts()
-        sample = perform(row, self.side.enter("client"), *self.to(place, row.port), seconds)
-        crossed = self.side.link_bytes() - link
-        grown = [after - before for before, after in zip(counts, self.counts(), strict=True)]
+        try:
+            link, counts = self.side.link_bytes(), self.counts()
+            sample = perform(row, self.side.enter("client"), *self.to(place, row.port), seconds)
+            crossed = self.side.link_bytes() - link
+            grown = [after - before for before, after in zip(counts, self.counts(), strict=True)]
+        except (OSError, ValueError) as error:  # one of its processes does not answer any more
+            raise LoadError(f"{self.name}, {place}: {row.name}: {type(error).__name__}: {error}") from error
         connections = sample.total_ops if row.kind == "crr" else row.connections
         wrong = link_wrong(row, place, sample, crossed) or self.wrong(place, connections, grown)
         if wrong:

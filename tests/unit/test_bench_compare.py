@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench.compare import changes, compare, missing, moved, unlike
+from tests.bench.compare import changes, compare, memory, missing, moved, unlike
 from tests.bench.results import spread
 
 
@@ -29,6 +29,7 @@ def report(share: list[float], p50: list[float], plain: list[float], kernel: str
     ours = {"share": spread(share), "p50_ratio": spread(p50), "rate": spread([1, 1, 1])}
     return {
         "machine": {"kernel": kernel, "load_before": share[0]},
+        "memory": {"idle": {"sidestep": {"engine": 10.0}}},
         "settings": {"rounds": 3, "seconds": 2, "quick": False},
         "rows": [{"place": "across", "row": "r", "targets": {"plain": {"rate": spread(plain)}, "sidestep": ours}}],
     }
@@ -70,3 +71,8 @@ def test_cases_that_only_one_report_has() -> None:
         ["new", "across", "r", "envoy"],
     ]
     assert unlike(OLD, new) == []
+
+
+@pytest.mark.parametrize(("mib", "expected"), [(10.4, []), (12.0, ["memory sidestep: engine: 10.0 -> 12.0 MiB"])])
+def test_memory(mib: float, expected: list[str]) -> None:
+    assert memory(OLD, {"memory": {"idle": {"sidestep": {"engine": mib}, "envoy": {"envoy": 40.0}}}}) == expected

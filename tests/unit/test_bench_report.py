@@ -102,6 +102,12 @@ def test_the_command_line() -> None:
     assert arguments(["--targets", "envoy"]).targets == ["plain", "envoy"]
     assert arguments(["--peer", "x"]).targets == ["plain", "floor", "sidestep", "envoy", "peer"]
     assert arguments(["--variant", "off=--agent-arg=--x=y --z"]).variant == [("off", ["--agent-arg=--x=y", "--z"])]
-    for wrong in (["--targets", "nobody"], ["--targets", "peer"], ["--variant", "plain=x"], ["--places", "moon"]):
+    for wrong in (
+        ["--targets", "nobody"],
+        ["--targets", "peer"],
+        ["--variant", "plain=x"],
+        ["--places", "moon"],
+        ["--quick", "--write-docs"],
+    ):
         with pytest.raises(SystemExit):
             arguments(wrong)
