@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LEAST = 0.05
+ROUNDS = 3
 _BETTER = {
     "rate": 1,
     "share": 1,
@@ -108,12 +109,13 @@ def unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def compare(old_path: Path, new_path: Path) -> int:
-    """Prints what changed. Returns 1 when something of sidestep is worse, else 0."""
+    """Prints what changed. Returns 1 when something of sidestep is worse, 2 when that cannot be told, else 0."""
     old, new = (json.loads(path.read_text()) for path in (old_path, new_path))
     for text in unlike(old, new):
         print(f"differs: {text}")
-    if min(old["settings"]["rounds"], new["settings"]["rounds"]) < 3:
-        print("fewer than three rounds: ranges of one or two runs say nothing about noise")
+    if min(old["settings"]["rounds"], new["settings"]["rounds"]) < ROUNDS:
+        print(f"fewer than {ROUNDS} rounds: their ranges say nothing about noise")
+        return 2
     found = list(changes(old, new))
     plain = [change for change in found if change.target == "plain" and change.sign]
     if plain:

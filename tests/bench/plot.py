@@ -8,7 +8,7 @@ from typing import Any
 
 COLOURS = {"floor": "#9aa5b1", "sidestep": "#1f6feb", "envoy": "#d29922", "peer": "#8957e5"}
 OTHER = "#57ab5a"
-LEFT, WIDTH, BAR, GAP, TOP = 300, 560, 12, 14, 64
+LEFT, WIDTH, BAR, GAP, TOP = 340, 560, 12, 14, 64
 FULL = 1.1  # the largest share that is drawn
 
 
@@ -33,10 +33,6 @@ def svg(report: Mapping[str, Any]) -> str:
         body.append(
             f'<text x="{LEFT - 10}" y="{y + len(bars) * BAR / 2 + 4:g}" text-anchor="end">{escape(label)}</text>'
         )
-        for aim in row["aims"]:
-            if aim["of"] == "share":
-                at = _x(aim["reach"])
-                body.append(f'<path d="M{at:.1f} {y - 3}v{len(bars) * BAR + 6}" stroke="#1a7f37" stroke-width="2"/>')
         for name, share in bars:
             end, middle, colour = _x(share["median"]), y + BAR / 2 - 1, COLOURS.get(name, OTHER)
             body.append(
@@ -48,6 +44,10 @@ def svg(report: Mapping[str, Any]) -> str:
                 f'<text x="{_x(max(share["median"], share["max"])) + 5:.1f}" y="{y + 9}">{share["median"]:.2f}</text>'
             )
             y += BAR
+        for aim in row["aims"]:
+            if aim["of"] == "share":
+                at, height = _x(aim["reach"]), len(bars) * BAR
+                body.append(f'<path d="M{at:.1f} {y - height - 3}v{height + 4}" stroke="#1a7f37" stroke-width="2"/>')
         y += GAP
     grid = [
         f'<path d="M{_x(at / 4):.1f} {TOP - 8}V{y}" stroke="#d0d7de"/>'

@@ -78,7 +78,7 @@ def _latency(key: str) -> Callable[[Record, Record, str], str]:
     def cell(entry: Record, row: Record, name: str) -> str:
         if f"{key}_us" not in entry:
             return ""
-        times = f", x {entry[f'{key}_ratio']['median']:.2f}" if f"{key}_ratio" in entry else ""
+        times = f", x {number(entry[f'{key}_ratio']['median'])}" if f"{key}_ratio" in entry else ""
         rate = f" at {_rate(entry, row)}" if row["kind"] == "open" else ""
         return number(entry[f"{key}_us"]["median"]) + times + rate + (" saturated" if entry["saturated"] else "")
 
@@ -88,7 +88,7 @@ def _latency(key: str) -> Callable[[Record, Record, str], str]:
 def _cpu(entry: Record, row: Record, name: str) -> str:
     parts = " + ".join(number(entry["cpu_split"][part]) for part in ("user", "system", "softirq"))
     unit = " s/GB" if row["cpu_unit"] == "s/GB" else ""
-    times = f", x {entry['cpu_ratio']['median']:.2f}" if "cpu_ratio" in entry else ""
+    times = f", x {number(entry['cpu_ratio']['median'])}" if "cpu_ratio" in entry else ""
     return f"{number(entry['cpu']['median'])}{unit} ({parts}){times}"
 
 

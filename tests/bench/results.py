@@ -73,9 +73,9 @@ class Result:
         return found
 
     def saturated(self, target: str) -> bool:
-        """Whether a target did not carry the row's rate in most of the rounds."""
+        """Whether a target did not carry the row's rate in half of the rounds or more."""
         samples = self.samples.get(target, [])
-        return sum(each.saturated for each in samples) * 2 > len(samples)
+        return bool(samples) and sum(each.saturated for each in samples) * 2 >= len(samples)
 
     def ahead(self) -> bool | None:
         """Whether sidestep is ahead of the Envoy pair: by rate, or by p99 at a fixed rate. None where not both ran, or
@@ -108,7 +108,7 @@ class Result:
                     entry[f"{key}_us"] = spread(values)
             for of in _MEASURES:
                 ratios = self.ratios(of, name)
-                if name != BARE and ratios:
+                if name != BARE and ratios and not (of == "share" and self.row.kind == "open"):  # its rate is given
                     entry["share" if of == "share" else f"{of}_ratio"] = spread(ratios)
         return {
             "place": self.place,

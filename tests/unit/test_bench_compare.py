@@ -61,6 +61,9 @@ def test_status_and_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lines[1].startswith("the plain network itself changed in 1 figures")
     assert lines[2].startswith("worse  across  r")
     assert lines[3].split()[3] == "plain"
+    few = report([0.1, 0.11], [3.0, 3.1], [50, 51])
+    few["settings"]["rounds"] = 2
+    assert against(few) == 2
 
 
 def test_cases_that_only_one_report_has() -> None:
