@@ -22,7 +22,7 @@ def svg(report: Mapping[str, Any]) -> str:
     y: float = TOP
     names = [name for name in report["targets"] if name != "plain"]
     for number, name in enumerate(names):
-        x = LEFT + number * 120
+        x: float = LEFT + number * 120
         body.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{COLOURS.get(name, OTHER)}"/>')
         body.append(f'<text x="{x + 18}" y="44">{name}</text>')
     for row in report["rows"]:
@@ -46,8 +46,8 @@ def svg(report: Mapping[str, Any]) -> str:
             y += BAR
         for aim in row["aims"]:
             if aim["of"] == "share":
-                at, height = _x(aim["reach"]), len(bars) * BAR
-                body.append(f'<path d="M{at:.1f} {y - height - 3}v{height + 4}" stroke="#1a7f37" stroke-width="2"/>')
+                x, height = _x(aim["reach"]), len(bars) * BAR
+                body.append(f'<path d="M{x:.1f} {y - height - 3}v{height + 4}" stroke="#1a7f37" stroke-width="2"/>')
         y += GAP
     grid = [
         f'<path d="M{_x(at / 4):.1f} {TOP - 8}V{y}" stroke="#d0d7de"/>'
