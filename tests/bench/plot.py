@@ -46,8 +46,8 @@ def svg(report: Mapping[str, Any]) -> str:
             y += BAR
         for aim in row["aims"]:
             if aim["of"] == "share":
-                x, height = _x(aim["reach"]), len(bars) * BAR
-                body.append(f'<path d="M{x:.1f} {y - height - 3}v{height + 4}" stroke="#1a7f37" stroke-width="2"/>')
+                tick, height = _x(aim["reach"]), len(bars) * BAR
+                body.append(f'<path d="M{tick:.1f} {y - height - 3}v{height + 4}" stroke="#1a7f37" stroke-width="2"/>')
         y += GAP
     grid = [
         f'<path d="M{_x(at / 4):.1f} {TOP - 8}V{y}" stroke="#d0d7de"/>'
