@@ -19,10 +19,10 @@ def _x(share: float) -> float:
 def svg(report: Mapping[str, Any]) -> str:
     """The picture."""
     body: list[str] = []
-    y: float = TOP
+    y = TOP
     names = [name for name in report["targets"] if name != "plain"]
     for number, name in enumerate(names):
-        x: float = LEFT + number * 120
+        x = LEFT + number * 120
         body.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{COLOURS.get(name, OTHER)}"/>')
         body.append(f'<text x="{x + 18}" y="44">{name}</text>')
     for row in report["rows"]:
@@ -46,8 +46,8 @@ def svg(report: Mapping[str, Any]) -> str:
             y += BAR
         for aim in row["aims"]:
             if aim["of"] == "share":
-                tick, height = _x(aim["reach"]), len(bars) * BAR
-                body.append(f'<path d="M{tick:.1f} {y - height - 3}v{height + 4}" stroke="#1a7f37" stroke-width="2"/>')
+                tick, tall = _x(aim["reach"]), len(bars) * BAR
+                body.append(f'<path d="M{tick:.1f} {y - tall - 3}v{tall + 4}" stroke="#1a7f37" stroke-width="2"/>')
         y += GAP
     grid = [
         f'<path d="M{_x(at / 4):.1f} {TOP - 8}V{y}" stroke="#d0d7de"/>'
