@@ -174,7 +174,6 @@ class Run:
                 self._fleet(folder)
             if not options.rows and not options.control and OURS in options.targets:
                 self._scale(folder)
-        self.missed += [text for result in self.results for text in result.missed()]
         tell("")
 
     def _rows(self) -> list[Row]:
@@ -230,6 +229,7 @@ class Run:
 
     def report(self, described: dict[str, Any]) -> dict[str, Any]:
         """For the JSON file."""
+        missed = [text for result in self.results for text in result.missed()] + self.missed
         return {
             "format": 2,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -242,7 +242,7 @@ class Run:
             "memory": self.memory,
             "idle": self.idle,
             "broken": self.broken,
-            "missed": self.missed,
+            "missed": missed,
         }
 
 
@@ -264,7 +264,8 @@ def bench(options: argparse.Namespace) -> int:
     started = time.monotonic()
     print(f"bench: labs come up for {', '.join(options.targets)}", file=sys.stderr)
     run = Run(options)
-    run.measure()
+    with noting(run.broken, "the run ended before its time"):  # what was found until then is worth keeping
+        run.measure()
     found = run.report(described)
     write(found, options)
     print(report.markdown(found))
@@ -272,9 +273,9 @@ def bench(options: argparse.Namespace) -> int:
     aborted = [text for text in report.problems(found) if text.startswith("aborted")]
     if aborted:
         print(f"{len(aborted)} cases were aborted", file=sys.stderr)
-    if run.missed and not options.quick:
-        print("missed: " + "; ".join(run.missed), file=sys.stderr)
-    return 1 if aborted or (run.missed and not options.quick) else 0
+    if found["missed"] and not options.quick:
+        print("missed: " + "; ".join(found["missed"]), file=sys.stderr)
+    return 1 if aborted or (found["missed"] and not options.quick) else 0
 
 
 def main(words: Sequence[str]) -> int:
