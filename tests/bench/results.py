@@ -68,7 +68,8 @@ class Result:
         for aim in AIMS.get((self.place, self.row.name), ()):
             value = self.ratio(aim.of, OURS)
             if value is not None and not self.saturated(BARE):
-                floor = self.ratio(aim.of, "floor") if self.place == "across" else None
+                excuse = self.place == "across" and not self.saturated("floor")
+                floor = self.ratio(aim.of, "floor") if excuse else None
                 found.append(_judgement(aim, value, floor, self.saturated(OURS)))
         return found
 

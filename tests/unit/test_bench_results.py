@@ -78,6 +78,11 @@ def test_a_rate_that_was_not_carried_reaches_nothing() -> None:
     saturated = Result("across", row, {"plain": [sample(50)], "sidestep": [sample(30, saturated=True)]})
     assert [each["verdict"] for each in saturated.judged()] == ["saturated"]
     assert saturated.record()["targets"]["sidestep"]["saturated"]
+    # A floor that did not carry it either is no excuse.
+    slow = {"plain": [sample(50)], "sidestep": [sample(50, p99=200_000)], "floor": [sample(30, p99=1e9)]}
+    assert [each["verdict"] for each in Result("across", row, slow).judged()] == ["floor"]
+    slow["floor"] = [sample(30, p99=1e9, saturated=True)]
+    assert [each["verdict"] for each in Result("across", row, slow).judged()] == ["short"]
     # Where the plain network itself does not carry it there is nothing to hold it against.
     assert Result("across", row, {"plain": [sample(30, saturated=True)], "sidestep": [sample(50)]}).judged() == []
 
