@@ -61,8 +61,8 @@ ROWS = (
     Row("connect-request-close, 16 at a time", ("crr", "16"), share=0.20),
 )
 PEAK = ROWS[1]  # what open loops are fractions of; runs before them in every round
-# "Half of the peak rate" can be read in two ways: whoever carries less than half of the plain network's peak is saturated
-# at half of it, by arithmetic and not by fault. Both readings are measured, and both are held against the figure.
+# "Half of the peak rate" can be read in two ways: whoever carries less than half of the plain network's peak is
+# saturated at half of it, by arithmetic and not by fault. Both are measured, and both are held against the figure.
 FIXED = (
     Row("64 B at 1/8 of the plain peak rate", ("open", "0.125", "64", "16"), of="plain"),
     Row("64 B at half of the plain peak rate", ("open", "0.5", "64", "16"), of="plain"),
