@@ -46,10 +46,10 @@ bpffs:
 demo: setup
 	@.venv/bin/python -m examples.shop.demo $(if $(KEEP),--keep)
 
-check: build
+check: build bpffs
 	@$(MAKE) --no-print-directory -f build.mk check CLANG=$(CLANG) PY=$(PY) OUT=$(OUT) CFLAGS_C="$(CFLAGS_C)" FUZZ=$(FUZZ)
 
-test: check bpffs
+test: check
 	@.venv/bin/pytest $(PYTEST_ARGS)
 
 bench: setup

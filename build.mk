@@ -46,7 +46,7 @@ $(BIN)/supervise: tunnel/supervise.c
 	gcc $(CFLAGS_C) -static -o $@.new $< && mv $@.new $@
 
 # The programs of the pods' namespaces: compiled, stripped of DWARF (BTF stays), embedded into sidestep._bpf as skeletons.
-BPF_SKEL := $(OUT)/bpf/capture.skel.h $(OUT)/bpf/survey.skel.h
+BPF_SKEL := $(OUT)/bpf/capture.skel.h $(OUT)/bpf/survey.skel.h $(OUT)/bpf/kubelet.skel.h
 BPFTOOL  := $(firstword $(wildcard /usr/sbin/bpftool /sbin/bpftool) bpftool)
 
 $(OUT)/bpf/%.skel.h: bpf/%.bpf.c bpf/maps.h
@@ -69,14 +69,14 @@ $(OUT)/.ext: $(EXT_SRC) $(BPF_SKEL)
 
 # The engine under ASan and UBSan: every tests/tunnel/t_*.c is a program with main() (cmocka), every tests/tunnel/fuzz/*.c a libFuzzer
 # target; both are linked with all of tunnel/ (but supervise.c). A target's seeds may lie in tests/tunnel/fuzz/NAME/.
-SAN      := -g -O1 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -Werror -fno-omit-frame-pointer -fno-sanitize-recover=all -Itunnel -Ibpf
+SAN      := -g -O1 -fPIC -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -Werror -fno-omit-frame-pointer -fno-sanitize-recover=all -Itunnel -Ibpf
 SAN_OBJ  := $(patsubst tunnel/%.c,$(OUT)/san/%.o,$(filter-out tunnel/supervise.c,$(wildcard tunnel/*.c)))
 SAN_HDR  := $(wildcard tunnel/*.h bpf/*.h tests/tunnel/*.h)
 SAN_LIBS := -lssl -lcrypto -lnghttp2 -lpthread
 C_TESTS  := $(patsubst tests/tunnel/%.c,$(OUT)/san/%,$(wildcard tests/tunnel/t_*.c))
 C_FUZZ   := $(patsubst tests/tunnel/fuzz/%.c,$(OUT)/san/fuzz-%,$(wildcard tests/tunnel/fuzz/*.c))
 
-$(OUT)/san/%.o: tunnel/%.c $(SAN_HDR)
+$(OUT)/san/%.o: tunnel/%.c $(SAN_HDR) build.mk
 	@mkdir -p $(@D)
 	@$(CLANG) $(SAN) -fsanitize=fuzzer-no-link,address,undefined -c -o $@ $<
 
@@ -88,6 +88,9 @@ $(OUT)/san/t_%: tests/tunnel/t_%.c $(OUT)/san/libtunnel.a
 
 $(OUT)/san/fuzz-%: tests/tunnel/fuzz/%.c $(OUT)/san/libtunnel.a
 	@$(CLANG) $(SAN) -fsanitize=fuzzer,address,undefined -o $@ $< $(OUT)/san/libtunnel.a $(SAN_LIBS)
+
+# Kept between runs: make would take them for intermediate files.
+.SECONDARY: $(C_TESTS) $(C_FUZZ)
 
 .PHONY: check-c fuzz-c fuzz-channel lint
 check: lint check-c fuzz-c fuzz-channel
@@ -104,6 +107,25 @@ $(OUT)/san/fuzz-%.run: $(OUT)/san/fuzz-%
 	@mkdir -p $(OUT)/corpus/$*
 	@$< -max_total_time=$(FUZZ) -timeout=10 -rss_limit_mb=2048 -artifact_prefix=$(OUT)/ $(OUT)/corpus/$* $(wildcard tests/tunnel/fuzz/$*) \
 	  >$<.log 2>&1 || { tail -n 60 $<.log; exit 1; }
+
+# The data path with real sockets: the tests' harness starts its engines with this extension, and a report of a sanitizer
+# fails the test (tests/harness/sanitized.py). Deselected: what measures memory, or is long because of its numbers.
+SAN_EXT   := $(OUT)/san/sidestep/_tunnel.abi3.so
+SAN_TESTS := tests/tunnel/test_peers.py tests/tunnel/test_envoy.py tests/tunnel/test_streams.py tests/tunnel/test_routes.py
+SAN_ONLY  := not readers_that_stop and not thousand and not new_certificates and not (two_hundred and 6)
+
+$(SAN_EXT): $(OUT)/.ext $(SAN_OBJ)
+	@mkdir -p $(@D)
+	@$(CLANG) $(SAN) -I$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))') -fsanitize=address,undefined \
+	  -shared-libasan -shared -o $@.new $(OUT)/ext-obj/sidestep._tunnel.c $(SAN_OBJ) $(SAN_LIBS) && mv $@.new $@
+
+.PHONY: check-data-path
+check: check-data-path
+check-data-path: $(SAN_EXT)
+	@echo "check: the data path under ASan and UBSan"
+	@SIDESTEP_SANITIZED=$(abspath $(OUT)/san) SIDESTEP_SANITIZER=$$($(CLANG) -print-file-name=libclang_rt.asan-$(shell uname -m).so) \
+	  .venv/bin/pytest -q -x -p no:cacheprovider $(SAN_TESTS) -k '$(SAN_ONLY)' \
+	  >$(OUT)/san/data-path.log 2>&1 || { tail -n 80 $(OUT)/san/data-path.log; exit 1; }
 
 # The engine's channel is Python: changed packets against the real process.
 fuzz-channel: all

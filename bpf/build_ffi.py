@@ -33,7 +33,12 @@ ffi.set_source(
         "-Wno-unused-parameter",
         "-Wno-cast-function-type",
     ],
-    depends=["bpf/loader.h", "bpf/loader.c", "bpf/maps.h", "build/bpf/capture.skel.h", "build/bpf/survey.skel.h"],
+    depends=[
+        "bpf/loader.h",
+        "bpf/loader.c",
+        "bpf/maps.h",
+        *(f"build/bpf/{name}.skel.h" for name in ("capture", "survey", "kubelet")),
+    ],
 )
 
 if __name__ == "__main__":

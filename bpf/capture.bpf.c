@@ -19,6 +19,14 @@
  * carries no data and follows its connection: where a local socket would take it, it is turned around, else it may
  * leave.
  *
+ * The kubelet's probes: kubelet.bpf.c, in the kubelet's cgroup, notes the tuple and the initial sequence number of a
+ * probe's SYN in the node's map `probe_notes`. sk_lookup cannot see sequence numbers and sockets are lost between
+ * namespaces, so `in_eth` (tc ingress of the pod's interface), which looks at SYNs only, compares, takes the note and
+ * keeps the connection in the pod's map `probes`; `steer` hands it to the application. What the application answers is
+ * told by the same number: a SYN-ACK acknowledges it, an accepted socket began with it (what it has received leads back
+ * to it), and keeps that as its fate. So a connection of the same tuple that is not the noted one stays the engine's,
+ * the engine's own connect from the kubelet's address included.
+ *
  * SYN cookies: an application's listener that is over its backlog keeps no request, so the engine's third packet meets
  * no connection, and steer is asked again. The tag must be there again: `out_lo` tags the engine's packets until one of
  * them meets a connection.
@@ -74,6 +82,21 @@ struct {
         __type(key, struct capture_own_key);
         __type(value, __u64); /* when, CLOCK_MONOTONIC in ns */
 } own SEC(".maps");
+
+/* The node's, shared by all pods and kubelet.bpf.c. */
+struct {
+        __uint(type, BPF_MAP_TYPE_LRU_HASH);
+        __uint(max_entries, KUBELET_MAX_NOTES);
+        __type(key, struct capture_tuple);
+        __type(value, struct capture_probe);
+} probe_notes SEC(".maps");
+
+struct {
+        __uint(type, BPF_MAP_TYPE_LRU_HASH);
+        __uint(max_entries, CAPTURE_MAX_PROBES);
+        __type(key, struct capture_tuple);
+        __type(value, struct capture_probe);
+} probes SEC(".maps");
 
 struct {
         __uint(type, BPF_MAP_TYPE_ARRAY);
@@ -143,7 +166,7 @@ static __always_inline int turn(struct __sk_buff *skb)
 struct packet {
         struct bpf_sock_tuple tuple; /* in the packet's own direction */
         __u32 tuple_size;
-        __u32 seq; /* host order */
+        __u32 seq, ack_seq; /* host order */
         bool syn, ack, rst, payload;
 };
 
@@ -240,6 +263,7 @@ static __always_inline int find_tcp(struct __sk_buff *skb, struct packet *p)
         if (bpf_skb_load_bytes(skb, at, &tcp, sizeof(tcp)) < 0)
                 return -COUNT_DROP_SHORT;
         p->seq = bpf_ntohl(tcp.seq);
+        p->ack_seq = bpf_ntohl(tcp.ack_seq);
         p->syn = tcp.syn;
         p->ack = tcp.ack;
         p->rst = tcp.rst;
@@ -276,6 +300,45 @@ static __always_inline bool meets_connection(struct __sk_buff *skb, struct packe
         return connection;
 }
 
+static __always_inline void mapped(__u8 *to, __u32 ip4)
+{
+        __builtin_memset(to, 0, 10);
+        to[10] = to[11] = 0xff;
+        __builtin_memcpy(to + 12, &ip4, 4);
+}
+
+/* The probe that a packet of the pod may belong to. What it began with must be compared. */
+static __always_inline struct capture_probe *probe_of(struct packet *p, struct capture_tuple *t)
+{
+        __builtin_memset(t, 0, sizeof(*t));
+        if (p->tuple_size == sizeof(p->tuple.ipv4)) {
+                mapped(t->local, p->tuple.ipv4.saddr);
+                mapped(t->remote, p->tuple.ipv4.daddr);
+                t->local_port = bpf_ntohs(p->tuple.ipv4.sport);
+                t->remote_port = bpf_ntohs(p->tuple.ipv4.dport);
+        } else {
+                __builtin_memcpy(t->local, p->tuple.ipv6.saddr, 16);
+                __builtin_memcpy(t->remote, p->tuple.ipv6.daddr, 16);
+                t->local_port = bpf_ntohs(p->tuple.ipv6.sport);
+                t->remote_port = bpf_ntohs(p->tuple.ipv6.dport);
+        }
+        struct capture_probe *probe = bpf_map_lookup_elem(&probes, t);
+        /* Long before the clock behind initial sequence numbers comes round (275 s). */
+        return probe && bpf_ktime_get_ns() - probe->when < KUBELET_REPLY_NS ? probe : NULL;
+}
+
+/* Was this socket accepted from the kubelet? Takes the probe out: its fate says it from now on. */
+static __always_inline bool accepted_probe(struct bpf_sock *sk, struct packet *p)
+{
+        struct capture_tuple t;
+        struct capture_probe *probe = probe_of(p, &t);
+        struct bpf_tcp_sock *tcp = probe ? bpf_tcp_sock(sk) : NULL;
+        if (!tcp || tcp->rcv_nxt - (__u32)tcp->bytes_received != probe->isn + 1)
+                return false;
+        bpf_map_delete_elem(&probes, &t);
+        return true;
+}
+
 /* An application's TCP socket sends: what becomes of the packet. */
 static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, struct packet *p, __u32 m)
 {
@@ -287,7 +350,8 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                 fated = bpf_sk_storage_get(&fates, sk, 0, 0);
                 /* A connect that was under way before goes on as it began; the same socket with another number is a new
                  * connect. */
-                bool again = fated && fated->fate != FATE_CAPTURED && fated->isn == p->seq && m != MODE_STRICT;
+                bool before = fated && (fated->fate == FATE_NOTED || fated->fate == FATE_NATIVE);
+                bool again = before && fated->isn == p->seq && m != MODE_STRICT;
                 if (native || again)
                         now.fate = FATE_NATIVE;
                 if (!fated)
@@ -295,13 +359,16 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                 if (!fated)
                         return turn(skb); /* no memory for its fate: then it is the engine's */
                 *fated = now;
-        } else if (m == MODE_STRICT) {
-                return turn(skb);
         } else {
                 fated = bpf_sk_storage_get(&fates, sk, 0, 0);
-                if (!fated && !native)
-                        return turn(skb); /* lenient: what was not noted is not from before */
-                if (!fated || fated->fate == FATE_NOTED) {
+                if (!fated && !native) {
+                        /* What was not noted is not from before: accepted from the engine, or from the kubelet. */
+                        if (accepted_probe(sk, p))
+                                now.fate = FATE_PROBE;
+                        fated = bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
+                        if (!fated)
+                                return turn(skb);
+                } else if (m != MODE_STRICT && (!fated || fated->fate == FATE_NOTED)) {
                         /* Seen for the first time in the middle: the engine's other end, or a connection from before.
                          */
                         bool engine = meets_connection(skb, p);
@@ -314,7 +381,9 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                         *fated = now;
                 }
         }
-        if (fated->fate == FATE_NATIVE)
+        if (fated->fate == FATE_PROBE)
+                return pass(COUNT_PROBE);
+        if (fated->fate == FATE_NATIVE && m != MODE_STRICT)
                 return pass(m == MODE_LENIENT ? COUNT_OLD : COUNT_NATIVE);
         return turn(skb);
 }
@@ -351,8 +420,11 @@ int out_eth(struct __sk_buff *skb)
                         return pass(COUNT_ENGINE);
                 if (listener && (m == MODE_NOTING || m == MODE_DRAINING) && !meets_connection(skb, &p))
                         return pass(COUNT_NATIVE);
-                if (listener)
-                        return turn(skb);
+                if (listener) {
+                        struct capture_tuple t;
+                        struct capture_probe *probe = probe_of(&p, &t);
+                        return probe && p.ack_seq == probe->isn + 1 ? pass(COUNT_PROBE) : turn(skb);
+                }
         }
         if (m == MODE_NOTING || m == MODE_DRAINING)
                 return meets_connection(skb, &p) ? turn(skb) : pass(COUNT_NATIVE);
@@ -370,13 +442,6 @@ int in_lo(struct __sk_buff *skb)
         if (skb->mark == CAPTURE_MARK_TURNED)
                 bpf_skb_change_type(skb, 0 /* PACKET_HOST */);
         return TC_ACT_UNSPEC;
-}
-
-static __always_inline void mapped(__u8 *to, __u32 ip4)
-{
-        __builtin_memset(to, 0, 10);
-        to[10] = to[11] = 0xff;
-        __builtin_memcpy(to + 12, &ip4, 4);
 }
 
 SEC("tc")
@@ -416,6 +481,53 @@ int out_lo(struct __sk_buff *skb)
         }
         __u64 now = bpf_ktime_get_ns();
         count(bpf_map_update_elem(&own, &key, &now, BPF_ANY) == 0 ? COUNT_TAGGED : COUNT_TAG_FULL);
+        return TC_ACT_UNSPEC;
+}
+
+SEC("tc")
+int in_eth(struct __sk_buff *skb)
+{
+        void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+        struct ethhdr *eth = data;
+        struct capture_tuple t = {};
+        struct tcphdr *tcp;
+        if ((void *)(eth + 1) > end)
+                return TC_ACT_UNSPEC;
+        if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+                struct iphdr *ip = (void *)(eth + 1);
+                if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
+                    ip->frag_off & bpf_htons(0x3fff))
+                        return TC_ACT_UNSPEC;
+                tcp = (void *)(ip + 1);
+                if ((void *)(tcp + 1) > end || !tcp->syn || tcp->ack)
+                        return TC_ACT_UNSPEC;
+                mapped(t.local, ip->daddr);
+                mapped(t.remote, ip->saddr);
+        } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
+                struct ipv6hdr *ip = (void *)(eth + 1);
+                if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
+                        return TC_ACT_UNSPEC;
+                tcp = (void *)(ip + 1);
+                if ((void *)(tcp + 1) > end || !tcp->syn || tcp->ack)
+                        return TC_ACT_UNSPEC;
+                __builtin_memcpy(t.local, &ip->daddr, 16);
+                __builtin_memcpy(t.remote, &ip->saddr, 16);
+        } else {
+                return TC_ACT_UNSPEC;
+        }
+        t.local_port = bpf_ntohs(tcp->dest);
+        t.remote_port = bpf_ntohs(tcp->source);
+        struct capture_probe now = {.isn = bpf_ntohl(tcp->seq), .open = 1, .when = bpf_ktime_get_ns()};
+        struct capture_probe *note = bpf_map_lookup_elem(&probe_notes, &t);
+        if (note && note->isn == now.isn && now.when - note->when < KUBELET_NOTE_NS) {
+                bpf_map_delete_elem(&probe_notes, &t); /* once; a repeated SYN is noted anew */
+                if (bpf_map_update_elem(&probes, &t, &now, BPF_ANY))
+                        count(COUNT_PROBE_FULL);
+                return TC_ACT_UNSPEC;
+        }
+        struct capture_probe *before = bpf_map_lookup_elem(&probes, &t);
+        if (before)
+                before->open = 0; /* steer could not tell the two apart */
         return TC_ACT_UNSPEC;
 }
 
@@ -473,6 +585,18 @@ int steer(struct bpf_sk_lookup *ctx)
                 return give(ctx, SLOT_OUTBOUND, COUNT_IN_OUTBOUND); /* only our rule delivers what is not the pod's */
         if (ctx->local_port == CAPTURE_HBONE_PORT)
                 return give(ctx, SLOT_HBONE, COUNT_IN_HBONE);
+        struct capture_tuple t = {.local_port = key.local_port, .remote_port = key.remote_port};
+        __builtin_memcpy(t.local, local.ip, 16);
+        __builtin_memcpy(t.remote, key.remote, 16);
+        struct capture_probe *probe = bpf_map_lookup_elem(&probes, &t);
+        /* A listener that sends SYN cookies is looked up again by the third packet. */
+        if (probe && probe->open && bpf_ktime_get_ns() - probe->when < KUBELET_NOTE_NS) {
+                if (probe->open == 1) {
+                        probe->open = 2;
+                        count(COUNT_IN_PROBE);
+                }
+                return SK_PASS;
+        }
         __builtin_memcpy(local.ip, key.remote, 16);
         if (bpf_map_lookup_elem(&addresses, &local)) {
                 count(COUNT_IN_SELF);

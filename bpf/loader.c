@@ -20,17 +20,24 @@
  * To draining: what is not noted is the engine's, and is marked so by the iterator before anything may pass; its
  * packets are turned around for ever, also when the engine dies.
  *
+ * The kubelet exemption has a directory of its own beside the pods', `node`: the maps `probe_ports` and `probe_notes`,
+ * which every pod's `in_eth` shares, the program of the kubelet's cgroup and its link. It comes with the first pod and
+ * goes with the last, so that all pods that are there read the same notes. The program carries the id of the cgroup's
+ * directory; another directory (the kubelet was started anew) means another program and link.
+ *
  * The iterator needs the kernel's BTF, which takes time and memory to read, so it is loaded when it is first needed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/fib_rules.h>
 #include <linux/if_link.h>
+#include <linux/magic.h>
 #include <linux/membarrier.h>
 #include <linux/rtnetlink.h>
 #include <net/if.h>
@@ -45,11 +52,13 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 #include "loader.h"
 #include "maps.h"
 #include "capture.skel.h"
+#include "kubelet.skel.h"
 #include "survey.skel.h"
 
 #define CAPTURE_PREF 1 /* before everybody's */
@@ -57,10 +66,14 @@
 #define CAPTURE_TABLE 100
 #define CAPTURE_RULE_PREF 32764
 
-static const char *const map_names[] = {"listeners", "engine_sk", "fates",    "own",
+static const char *const map_names[] = {"listeners", "engine_sk", "fates",    "own", "probes",
                                         "asking",    "addresses", "counters", "pod"};
-static const char *const program_names[] = {"out_eth", "in_lo", "out_lo", "steer"};
+static const char *const program_names[] = {"out_eth", "in_eth", "in_lo", "out_lo", "steer"};
 static const char *const survey_names[] = {"note", "claim", "survey"}; /* loaded when needed */
+static const char *const node_names[] = {"link", "probe_syn", "probe_ports", "kubelet_counters", "probe_notes"};
+#define NODE "node" /* no pod's UID */
+#define NODE_PATH (PATH_MAX - 64)
+#define SHARED "probe_notes" /* the map that pods take from there */
 
 static int fail(char *error, int code, const char *format, ...)
 {
@@ -277,6 +290,7 @@ struct filter {
 static const struct filter filters[] = {
         {"in_lo", BPF_TC_INGRESS, true, CAPTURE_NO_IN_LO},
         {"out_lo", BPF_TC_EGRESS, true, CAPTURE_NO_OUT_LO},
+        {"in_eth", BPF_TC_INGRESS, false, CAPTURE_NO_IN_ETH},
         {"out_eth", BPF_TC_EGRESS, false, CAPTURE_NO_OUT_ETH}, /* last: it sends packets to the others */
 };
 
@@ -509,13 +523,24 @@ static int pin_programs(struct bpf_object *object, const char *pins)
         return 0;
 }
 
+/* The directory of the node, which is beside the pods'. */
+static void node_of(char out[NODE_PATH], const char *pins)
+{
+        const char *last = strrchr(pins, '/');
+        snprintf(out, NODE_PATH, "%.*s/" NODE, last ? (int)(last - pins) : 0, pins);
+}
+
 static int pin_maps(struct bpf_object *object, const char *pins)
 {
         struct bpf_map *map;
-        char path[PATH_MAX];
+        char path[PATH_MAX], node[NODE_PATH];
+        node_of(node, pins);
         bpf_object__for_each_map(map, object)
         {
-                path_of(path, pins, bpf_map__name(map));
+                if (bpf_map__is_internal(map)) /* constants */
+                        continue;
+                const char *name = bpf_map__name(map);
+                path_of(path, strcmp(name, SHARED) == 0 ? node : pins, name);
                 int result = bpf_map__set_pin_path(map, path); /* load takes the map that is there, or pins a new one */
                 if (result < 0)
                         return result;
@@ -557,7 +582,11 @@ static int load_survey(const char *pins)
 int capture_prepare(const char *pins, const char *addresses, char *error)
 {
         libbpf_set_print(silent);
-        int result = make_directories(pins);
+        char node[NODE_PATH];
+        node_of(node, pins);
+        int result = make_directories(node);
+        if (result == 0)
+                result = make_directories(pins);
         if (result < 0)
                 return fail(error, result, "directory %s", pins);
         if (!all_pinned(pins)) {
@@ -875,6 +904,9 @@ static const char *const counter_names[] = {
         [COUNT_IN_SELF] = "self",
         [COUNT_IN_NATIVE] = "in_native",
         [COUNT_IN_NO_LISTENER] = "no_listener",
+        [COUNT_IN_PROBE] = "to_application_probe",
+        [COUNT_PROBE] = "probe",
+        [COUNT_PROBE_FULL] = "probe_full",
 };
 
 const char *capture_counter_name(int counter)
@@ -882,16 +914,16 @@ const char *capture_counter_name(int counter)
         return counter >= 0 && counter < COUNT_MAX ? counter_names[counter] : NULL;
 }
 
-int capture_counters(const char *pins, uint64_t *out, int n, char *error)
+/* Sums of a per-CPU array's first n entries. */
+static int read_counters(const char *pins, const char *name, uint64_t *out, int n, char *error)
 {
-        int cpus = libbpf_num_possible_cpus(), fd = open_pin(pins, "counters"), result = 0;
+        int cpus = libbpf_num_possible_cpus(), fd = open_pin(pins, name), result = 0;
         if (fd < 0)
-                return fail(error, fd, "map counters in %s", pins);
+                return fail(error, fd, "map %s in %s", name, pins);
         uint64_t *values = calloc((size_t)(cpus > 0 ? cpus : 1), sizeof(*values));
         if (!values || cpus <= 0) {
                 result = -ENOMEM;
         } else {
-                n = n < COUNT_MAX ? n : COUNT_MAX;
                 for (uint32_t i = 0; i < (uint32_t)n && result == 0; i++) {
                         out[i] = 0;
                         if (bpf_map_lookup_elem(fd, &i, values) < 0)
@@ -902,7 +934,12 @@ int capture_counters(const char *pins, uint64_t *out, int n, char *error)
         }
         free(values);
         close(fd);
-        return result < 0 ? fail(error, result, "map counters in %s", pins) : n;
+        return result < 0 ? fail(error, result, "map %s in %s", name, pins) : n;
+}
+
+int capture_counters(const char *pins, uint64_t *out, int n, char *error)
+{
+        return read_counters(pins, "counters", out, n < COUNT_MAX ? n : COUNT_MAX, error);
 }
 
 static int unplumb(const char *pins, const char *interface, char *error)
@@ -932,6 +969,147 @@ static int unplumb(const char *pins, const char *interface, char *error)
         return worst;
 }
 
+/* -- the kubelet exemption ---------------------------------------------------------------------------------------- */
+
+/* At once: the last reference to a link is dropped some time after its pin. */
+static void unlink_link(const char *node)
+{
+        char path[PATH_MAX];
+        int link = open_pin(node, "link");
+        if (link >= 0) {
+                bpf_link_detach(link);
+                close(link);
+        }
+        path_of(path, node, "link");
+        unlink(path);
+}
+
+/* Takes the node's directory away where the pod was the last one. */
+static void leave_node(const char *pins)
+{
+        char node[NODE_PATH], parent[NODE_PATH];
+        node_of(node, pins);
+        snprintf(parent, sizeof(parent), "%.*s", (int)(strlen(node) - sizeof(NODE)), node);
+        DIR *directory = opendir(parent);
+        if (!directory)
+                return;
+        bool others = false;
+        for (struct dirent *entry; (entry = readdir(directory));)
+                others |= strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") && strcmp(entry->d_name, NODE);
+        closedir(directory);
+        if (!others) {
+                unlink_link(node);
+                unpin(node, node_names, sizeof(node_names) / sizeof(*node_names));
+                rmdir(node);
+        }
+}
+
+/* Is the pinned program attached to the directory of that id? */
+static bool watches(const char *node, uint64_t id)
+{
+        int link = open_pin(node, "link"), program = open_pin(node, "probe_syn");
+        struct bpf_link_info info = {0};
+        uint32_t length = sizeof(info);
+        bool found = link >= 0 && program >= 0 &&
+                     all_there(node, node_names, sizeof(node_names) / sizeof(*node_names)) &&
+                     bpf_obj_get_info_by_fd(link, &info, &length) == 0 && info.cgroup.cgroup_id == id &&
+                     info.prog_id == program_id(program);
+        if (link >= 0)
+                close(link);
+        if (program >= 0)
+                close(program);
+        return found;
+}
+
+static int watch(const char *node, int cgroup, uint64_t id, char *error)
+{
+        char path[PATH_MAX];
+        struct kubelet_bpf *kubelet = kubelet_bpf__open();
+        int result = kubelet ? 0 : -errno;
+        if (result < 0)
+                return fail(error, result, "open the BPF object of the kubelet's cgroup");
+        kubelet->rodata->kubelet_cgroup = id;
+        int link = -1;
+        if ((result = make_directories(node)) < 0) {
+                fail(error, result, "directory %s", node);
+        } else if ((result = pin_maps(kubelet->obj, node)) < 0 || (result = kubelet_bpf__load(kubelet)) < 0) {
+                fail(error, result, "load the program of the kubelet's cgroup");
+        } else if ((link = bpf_link_create(bpf_program__fd(kubelet->progs.probe_syn), cgroup, BPF_CGROUP_INET_EGRESS,
+                                           NULL)) < 0) {
+                result = fail(error, -errno, "attach to the kubelet's cgroup");
+        } else if ((result = pin_programs(kubelet->obj, node)) < 0) {
+                fail(error, result, "pin in %s", node);
+        } else {
+                unlink_link(node); /* of another directory, or of another program */
+                path_of(path, node, "link");
+                if (bpf_obj_pin(link, path) < 0)
+                        result = fail(error, -errno, "pin %s", path);
+        }
+        if (link >= 0)
+                close(link);
+        kubelet_bpf__destroy(kubelet);
+        return result;
+}
+
+int kubelet_attach(const char *node, const char *cgroup, char *error)
+{
+        libbpf_set_print(silent);
+        struct statfs fs;
+        struct stat st;
+        int fd = open(cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC), result = 0;
+        if (fd < 0)
+                return fail(error, -errno, "cgroup %s", cgroup);
+        if (fstatfs(fd, &fs) < 0 || fstat(fd, &st) < 0)
+                result = fail(error, -errno, "cgroup %s", cgroup);
+        else if (fs.f_type != CGROUP2_SUPER_MAGIC)
+                result = fail(error, -EINVAL, "%s is no cgroup2 directory", cgroup);
+        else if (faccessat(fd, "cgroup.type", F_OK, 0) < 0) /* what every directory has but the root */
+                result = fail(error, -EINVAL, "%s is the root of cgroup2, which is everybody's", cgroup);
+        else if (!watches(node, st.st_ino))
+                result = (result = watch(node, fd, st.st_ino, error)) < 0 ? result : 1;
+        close(fd);
+        return result;
+}
+
+int kubelet_ports(const char *node, const struct kubelet_port *ports, int n, int exact, char *error)
+{
+        int map = open_pin(node, "probe_ports"), result = 0;
+        if (map < 0)
+                return fail(error, map, "map probe_ports in %s", node);
+        struct kubelet_port key, next;
+        /* What is not wanted goes first: the map must not be fuller than it has to. */
+        for (bool more = exact && bpf_map_get_next_key(map, NULL, &next) == 0; more;) {
+                key = next;
+                more = bpf_map_get_next_key(map, &key, &next) == 0;
+                bool keep = false;
+                for (int i = 0; i < n && !keep; i++)
+                        keep = memcmp(&ports[i], &key, sizeof(key)) == 0;
+                if (!keep)
+                        bpf_map_delete_elem(map, &key);
+        }
+        uint8_t one = 1;
+        for (int i = 0; i < n && result == 0; i++)
+                if (bpf_map_update_elem(map, &ports[i], &one, BPF_ANY) < 0)
+                        result = fail(error, -errno, "map probe_ports, entry %d of %d", i, n);
+        close(map);
+        return result;
+}
+
+int kubelet_counters(const char *node, uint64_t *out, int n, char *error)
+{
+        return read_counters(node, "kubelet_counters", out, n < KUBELET_MAX ? n : KUBELET_MAX, error);
+}
+
+int kubelet_detach(const char *node, char *error)
+{
+        (void)error;
+        unlink_link(node);
+        /* The notes stay where there are pods: they hold this map. */
+        unpin(node, node_names, sizeof(node_names) / sizeof(*node_names) - 1);
+        leave_node(node);
+        return 0;
+}
+
 int capture_detach(const char *pins, int netns, const char *interface, char *error)
 {
         char path[PATH_MAX];
@@ -952,6 +1130,7 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
         unpin(pins, map_names, sizeof(map_names) / sizeof(*map_names));
         if (rmdir(pins) < 0 && errno != ENOENT)
                 return fail(error, -errno, "directory %s", pins);
+        leave_node(pins);
         return 0;
 }
 
@@ -1019,6 +1198,7 @@ int capture_probe(int i, const char **name, char *error)
                 const char *program, *what;
         } probes[] = {
                 {"out_eth", "tc egress with socket storage"},
+                {"in_eth", "tc ingress on the interface"},
                 {"in_lo", "tc ingress"},
                 {"out_lo", "tc egress on lo"},
                 {"steer", "sk_lookup"},

@@ -14,6 +14,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include "maps.h"
 
 /* cdef begin */
 #define CAPTURE_ERROR_LEN 512
@@ -28,6 +29,7 @@
 #define CAPTURE_NO_ROUTE4 32
 #define CAPTURE_NO_ROUTE6 64
 #define CAPTURE_NO_ACCEPT_LOCAL 128
+#define CAPTURE_NO_IN_ETH 256
 
 /* Loads programs and maps, pins them; attaches nothing. addresses: comma separated, both families; they replace those
  * from before. */
@@ -52,12 +54,23 @@ int capture_held(const char *pins, int netns, char *error);
 /* out[i]: enum capture_counter; returns how many of n were written. */
 int capture_counters(const char *pins, uint64_t *out, int n, char *error);
 const char *capture_counter_name(int counter);
-/* Takes everything out but the clsact qdiscs (deleting them loses packets) and removes the pins. netns -1: it is gone.
- */
+/* Takes everything out but the clsact qdiscs (deleting them loses packets) and removes the pins, the node's too where
+ * it was the last pod. netns -1: it is gone. */
 int capture_detach(const char *pins, int netns, const char *interface, char *error);
 /* Tries thing number i that capture needs of the kernel, and takes it back: each program alone, then all attached in a
  * namespace made for it. -ERANGE: there is no thing i. name: what it is, for people. */
 int capture_probe(int i, const char **name, char *error);
+
+/* The kubelet exemption of the node, with pins in BPFDIR/v1/node. */
+/* Attaches the program that notes probes to a cgroup2 directory. 1: it was not there, or in another directory. -EINVAL:
+ * no cgroup2 directory, or its root. */
+int kubelet_attach(const char *node, const char *cgroup, char *error);
+/* Adds ports that are probed; exact: and takes all others out. */
+int kubelet_ports(const char *node, const struct kubelet_port *ports, int n, int exact, char *error);
+/* out[i]: enum kubelet_counter; returns how many of n were written. -ENOENT: nothing is attached. */
+int kubelet_counters(const char *node, uint64_t *out, int n, char *error);
+/* From here on no probe is told from other clear text. Also where nothing is attached. */
+int kubelet_detach(const char *node, char *error);
 /* cdef end */
 
 #endif

@@ -13,6 +13,13 @@
 #define CAPTURE_MAX_ADDRESSES 16
 #define CAPTURE_MAX_OWN 16384
 #define CAPTURE_OWN_NS 1000000000ULL /* a tag's life */
+#define CAPTURE_MAX_PROBES 512       /* of a pod, at once */
+#define KUBELET_MAX_PORTS 16384
+#define KUBELET_MAX_NOTES 4096
+#define KUBELET_NOTE_NS                                                                                                \
+        1000000000ULL /* a note's life, and how long a SYN may take from the pod's door to its socket                  \
+                       */
+#define KUBELET_REPLY_NS 30000000000ULL /* until when the application's socket must have sent its first packet */
 
 /* cdef begin */
 enum capture_slot { SLOT_OUTBOUND = 0, SLOT_INBOUND = 1, SLOT_HBONE = 2, SLOT_COUNT = 3 };
@@ -45,6 +52,9 @@ enum capture_counter {
         COUNT_IN_SELF,        /* the pod to itself, loopback */
         COUNT_IN_NATIVE,      /* passed because of the mode */
         COUNT_IN_NO_LISTENER, /* dropped: the engine is not there */
+        COUNT_IN_PROBE,       /* SYNs of the kubelet handed to the application */
+        COUNT_PROBE,          /* outbound packets of the application's ends of probes */
+        COUNT_PROBE_FULL,     /* a noted SYN that could not be remembered: clear text like any other */
         COUNT_MAX
 };
 
@@ -64,6 +74,7 @@ enum capture_fate {
         FATE_NOTED = 1, /* open before the enrolment, says the iterator; not yet checked against the engine's sockets */
         FATE_CAPTURED = 2, /* turned around from its SYN on: never native again */
         FATE_NATIVE = 3,   /* opened natively (before the enrolment, or while draining) */
+        FATE_PROBE = 4,    /* accepted from the kubelet: native in every mode */
 };
 
 /* Value of `fates`. isn: of the SYN that opened it natively, so that its retransmission is told from a new connect of
@@ -92,6 +103,35 @@ struct capture_own_key {
         __u8 remote[16];
         __u16 remote_port; /* host order */
         __u16 local_port;  /* host order */
+};
+
+/* A connection as the pod sees it: the pod is local. Ports in host order. */
+struct capture_tuple {
+        __u8 local[16], remote[16];
+        __u16 local_port, remote_port;
+};
+
+/* A SYN of the kubelet: value of `probe_notes` (between the kubelet's socket and the pod's door) and of `probes` (from
+ * there on). */
+struct capture_probe {
+        __u32 isn;
+        __u32 open; /* `probes`: the SYN at the door was the noted one; 2: counted. 0: another SYN of its tuple came */
+        __u64 when; /* CLOCK_MONOTONIC in ns */
+};
+
+/* Key of `probe_ports`: a port of an enrolled pod that its declared probes ask, host order; port 0 stands for the pod.
+ */
+struct kubelet_port {
+        __u8 ip[16];
+        __u16 port;
+        __u16 reserved;
+};
+
+enum kubelet_counter {
+        KUBELET_NOTED,   /* SYNs to a declared port of an enrolled pod */
+        KUBELET_REFUSED, /* SYNs to another port of an enrolled pod */
+        KUBELET_FULL,    /* no room for a note */
+        KUBELET_MAX
 };
 /* cdef end */
 

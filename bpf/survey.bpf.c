@@ -11,6 +11,7 @@
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+#include <stdbool.h>
 #include "maps.h"
 
 #define AF_INET 2
@@ -47,7 +48,8 @@ struct inet_connection_sock {
         int dummy;
 };
 struct tcp_sock {
-        __u32 snd_una;
+        __u32 snd_una, rcv_nxt;
+        __u64 bytes_received;
 };
 struct tcp_request_sock {
         __u64 snt_synack;
@@ -80,11 +82,29 @@ struct {
         __type(value, struct capture_fated);
 } fates SEC(".maps");
 
+struct {
+        __uint(type, BPF_MAP_TYPE_LRU_HASH);
+        __uint(max_entries, CAPTURE_MAX_PROBES);
+        __type(key, struct capture_tuple);
+        __type(value, struct capture_probe);
+} probes SEC(".maps");
+
 static __always_inline void mapped(__u8 *to, __u32 ip4)
 {
         __builtin_memset(to, 0, 10);
         to[10] = to[11] = 0xff;
         __builtin_memcpy(to + 12, &ip4, 4);
+}
+
+/* Accepted from the kubelet, and has sent nothing yet: capture.bpf.c, accepted_probe. */
+static __always_inline bool is_probe(struct capture_seen *seen, struct tcp_sock *tcp)
+{
+        struct capture_tuple t = {.local_port = seen->local_port, .remote_port = seen->remote_port};
+        __builtin_memcpy(t.local, seen->local, 16);
+        __builtin_memcpy(t.remote, seen->remote, 16);
+        struct capture_probe *probe = bpf_map_lookup_elem(&probes, &t);
+        return probe && bpf_ktime_get_ns() - probe->when < KUBELET_REPLY_NS &&
+               tcp->rcv_nxt - (__u32)tcp->bytes_received == probe->isn + 1;
 }
 
 static __always_inline int look(struct bpf_iter__tcp *ctx, __u32 fate)
@@ -124,9 +144,11 @@ static __always_inline int look(struct bpf_iter__tcp *ctx, __u32 fate)
                                 struct capture_fated noted = {.fate = fate};
                                 if (seen.state == TCP_SYN_SENT)
                                         noted.isn = tcp->snd_una;
+                                if (is_probe(&seen, tcp))
+                                        noted.fate = FATE_PROBE;
                                 fated = bpf_sk_storage_get(&fates, tcp, &noted, BPF_SK_STORAGE_GET_F_CREATE);
                         }
-                        if (fated && fated->fate != FATE_CAPTURED)
+                        if (fated && fated->fate != FATE_CAPTURED && fated->fate != FATE_PROBE)
                                 seen.kind = KIND_OLD;
                 }
         }

@@ -6,13 +6,20 @@
  * another pod of this node, or a stream of a tunnel. Inbound, a is the client's socket or a stream, and b the socket
  * towards the application.
  *
- *   accepted -> HELD (its pod's state is not complete: 5 s) -> decided -> UNKNOWN (no record of the destination: 1 s)
- *            -> CONNECTING | WAITING for a tunnel -> ASKED (CONNECT sent) -> RELAY -> DEAD
+ *   accepted -> HELD (its pod's state is not complete: 5 s; a policy that the destination's record names has not come:
+ *            1 s, 5 s before its first complete state) | UNKNOWN (no record of the destination: 1 s)
+ *            -> decided -> CONNECTING | WAITING for a tunnel -> ASKED (CONNECT sent) -> RELAY -> DEAD
  *
  * Nothing is read from an application before there is somewhere to put it. Each direction ends by itself: an end that
  * was read is passed on when everything before it is; the flow ends when both have. Any error ends both sides at once,
  * with RST and RST_STREAM: what arrived is then a prefix of what was sent, and looks like one. flow_reset is the only
  * way to end early, flow_finish the only way to end in order.
+ *
+ * Policy decides where a connection enters its destination: inbound flows, and those between two pods of this node.
+ * Each that was let in is on the list of the destination's seat, with the seat's epoch. When what decides there
+ * changes, the epoch does, and conn_review judges the list anew from its front, some each turn, by the record that the
+ * destination has now; what is denied now is reset. New ones join at the end with the new epoch. While a record is gone
+ * only a policy that denies explicitly ends what is open; while a policy that it names has not come, nothing does.
  *
  * flow_run moves bytes until both sides block or a turn's share is used up; events only set flags. Between two sockets
  * the bytes pass through the worker's scratch buffer and are stored only when the receiver does not take them.
@@ -24,6 +31,7 @@
 #include <time.h>
 #include <unistd.h>
 #include "conn.h"
+#include "denial.h"
 #include "hbone.h"
 #include "pod.h"
 #include "rbac.h"
@@ -32,6 +40,8 @@
 #define STREAM_QUEUE (16 * FRAME_PAYLOAD) /* read ahead of a stream that cannot be written: whole frames */
 #define FRONT 16                          /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
+#define REVIEW_TURN 1024 /* decisions in one turn of the loop, about a millisecond */
+#define REVIEW_CUT 16    /* decisions that a reset costs as much as */
 
 _Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into the scratch buffer");
 
@@ -50,7 +60,7 @@ static struct flow *flow_new(struct worker *w, struct pod *p, enum flow_way way)
         f->way = way;
         f->a.io = f->b.io = (struct io){.type = IO_SIDE, .fd = -1};
         f->b.is_b = true;
-        struct link *links[] = {&f->seat, &f->ready, &f->wait, &f->member, &f->dead, &f->timer.link};
+        struct link *links[] = {&f->seat, &f->ready, &f->wait, &f->member, &f->dead, &f->judged, &f->timer.link};
         for (unsigned i = 0; i < sizeof(links) / sizeof(*links); i++)
                 link_init(links[i]);
         f->opened_ms = f->last_ms = w->now_ms;
@@ -99,10 +109,12 @@ static const char *level_of(enum event_flag flag)
 static void log_end(struct flow *f, enum event_flag flag, const char *why)
 {
         struct worker *w = f->w;
-        char src[ENDPOINT_STRLEN], dst[ENDPOINT_STRLEN], extra[1400] = "";
+        char src[ENDPOINT_STRLEN], dst[ENDPOINT_STRLEN], extra[1800] = "";
         bool out = f->way == WAY_OUTBOUND;
         size_t at = 0;
         const struct endpoint *to = out && f->hop.port ? &f->hop : &f->dst;
+        if (!event_log_room(w->engine->event, w->ev))
+                return;
 #define FIELD(...)                                                                                                     \
         do {                                                                                                           \
                 if (at < sizeof(extra))                                                                                \
@@ -116,8 +128,10 @@ static void log_end(struct flow *f, enum event_flag flag, const char *why)
                 FIELD(" src.identity=\"%.255s\"", out ? f->pod->identity : f->peer);
         if (out ? f->peer != NULL : f->by_hbone)
                 FIELD(" dst.identity=\"%.255s\"", out ? f->peer : f->pod->identity);
+        if (f->policy && *f->policy)
+                FIELD(" policy=\"%.255s\"", f->policy);
         if (flag != FLAG_NONE)
-                FIELD(" error=\"%.200s\"", why);
+                FIELD(" error=\"%.400s\"", why);
 #undef FIELD
         event_log(w->engine->event, w->ev, f->set[0] || f->set[1] ? level_of(flag) : "warn",
                   "connection %s src.addr=%s %s.workload=\"%s\" %s.namespace=\"%s\" dst.addr=%s direction=%s "
@@ -172,7 +186,7 @@ static void flow_end(struct flow *f, enum event_flag flag, const char *why)
                 pod_tuple_remove(in, &f->own);
         side_close(f, &f->a);
         side_close(f, &f->b);
-        struct link *links[] = {&f->seat, &f->ready, &f->wait, &f->member};
+        struct link *links[] = {&f->seat, &f->ready, &f->wait, &f->member, &f->judged};
         for (unsigned i = 0; i < sizeof(links) / sizeof(*links); i++)
                 link_remove(links[i]);
         atomic_fetch_sub(&f->pod->connections, 1);
@@ -350,10 +364,164 @@ static void go_plain(struct flow *f, const struct workload *own, const struct ro
                 flow_reset(f, FLAG_CONNECT, "epoll");
 }
 
-static void go_local(struct flow *f, struct pod *target, const struct workload *own, const struct route *r)
+/* -- may it ------------------------------------------------------------------------------------------------------- */
+
+/* Who asks to come in; NULL: nobody knows. */
+static const char *caller(const struct flow *f)
 {
-        struct rbac_request request = {.identity = f->pod->identity, .source = f->src, .destination = r->target};
+        return f->way == WAY_OUTBOUND ? f->pod->identity : f->by_hbone ? f->peer : NULL;
+}
+
+static void judge(const struct flow *f, const struct workload *dst, struct rbac_verdict *out)
+{
+        struct rbac_request request = {.identity = caller(f), .source = f->src, .destination = f->app};
+        rbac_decide(f->w->view, dst, &request, out);
+}
+
+/* Refused, or cut, at this pod. The texts are gone when this returns. */
+static void denied(struct flow *f, const struct pod *at, const struct workload *dst, const struct rbac_verdict *v,
+                   bool cut)
+{
+        char reason[320], why[400];
+        struct denial what = {.namespace_ = at->namespace_,
+                              .pod = at->name,
+                              .pod_uid = at->uid,
+                              .src = f->src,
+                              .dst = f->app,
+                              .identity = caller(f),
+                              .policy = v->policy,
+                              .reason = rbac_text(v, reason, sizeof(reason)),
+                              .workload = dst};
+        denials_add(f->w->engine->denials, &what);
+        if (cut)
+                snprintf(why, sizeof(why), "connection closed due to policy change");
+        else
+                snprintf(why, sizeof(why), "connection closed due to policy rejection: %s", reason);
+        f->policy = v->policy;
+        if (f->way == WAY_INBOUND_HBONE && f->state != FLOW_RELAY)
+                flow_deny(f, 401, FLAG_DENY, why);
+        else
+                flow_reset(f, FLAG_DENY, why);
+        f->policy = NULL;
+}
+
+/* It was let in: it stays on the seat's list as long as it lives. */
+static void let_in(struct flow *f, struct seat *seat, const struct workload *dst, const struct rbac_verdict *v)
+{
+        if (v->dry_run)
+                denials_dry_run(f->w->engine->denials, v->dry_run, dst);
+        if (f->state == FLOW_DEAD)
+                return;
+        f->epoch = seat->epoch;
+        link_add(&seat->judged, &f->judged);
+}
+
+/* Connections of one pod to one port differ in nothing that policy looks at: judged once a turn. */
+#define MEMO 64
+struct memo {
+        const struct flow *like; /* of this turn: also a dead one keeps its memory until the end of it */
         struct rbac_verdict verdict;
+};
+
+static bool alike(const struct flow *a, const struct flow *b)
+{
+        const char *x = caller(a), *y = caller(b);
+        return addr_equal(&a->src.addr, &b->src.addr) && a->app.port == b->app.port &&
+               addr_equal(&a->app.addr, &b->app.addr) && (x && y ? strcmp(x, y) == 0 : x == y);
+}
+
+static void judge_once(const struct flow *f, const struct workload *dst, struct memo *memo, struct rbac_verdict *out)
+{
+        uint32_t low;
+        memcpy(&low, f->src.addr.ip + 12, sizeof(low));
+        struct memo *m = &memo[((low ^ f->app.port) * 2654435761u >> 16) % MEMO];
+        if (!m->like || !alike(m->like, f)) {
+                judge(f, dst, &m->verdict);
+                m->like = f;
+        }
+        *out = m->verdict;
+}
+
+/* Returns what it cost, in decisions. */
+static unsigned judge_anew(struct flow *f, struct seat *seat, struct memo *memo)
+{
+        struct rbac_verdict v;
+        struct workload gone = {.namespace_ = seat->pod->namespace_};
+        const struct workload *dst = view_workload(f->w->view, seat->pod->workload);
+        judge_once(f, dst ? dst : &gone, memo, &v);
+        if (v.allow || v.reason == RBAC_NOT_RECEIVED || (!dst && v.reason != RBAC_DENIED)) {
+                f->epoch = seat->epoch;
+                link_add(&seat->judged, &f->judged);
+                return 1;
+        }
+        denied(f, seat->pod, dst, &v, true);
+        return REVIEW_CUT;
+}
+
+void conn_review(struct worker *w)
+{
+        unsigned left = REVIEW_TURN;
+        while (!link_alone(&w->stale)) {
+                struct seat *seat = container(w->stale.next, struct seat, stale);
+                struct memo memo[MEMO] = {0};
+                while (!link_alone(&seat->judged)) {
+                        struct flow *f = container(seat->judged.next, struct flow, judged);
+                        if (f->epoch == seat->epoch)
+                                break;
+                        if (left == 0)
+                                return;
+                        unsigned cost = judge_anew(f, seat, memo);
+                        left = left > cost ? left - cost : 0;
+                }
+                link_remove(&seat->stale);
+        }
+}
+
+/* Waits for state, in the list of those that do; what it waits for next may only shorten the wait. */
+static void hold(struct flow *f, enum flow_state state, enum timer_length patience)
+{
+        if (link_alone(&f->wait)) {
+                link_add(&f->w->held, &f->wait);
+                timer_set(f->w, &f->timer, TIMER_FLOW, patience);
+        } else {
+                timer_shorten(f->w, &f->timer, TIMER_FLOW, patience);
+        }
+        if (f->state == FLOW_HELD)
+                atomic_fetch_sub(&f->pod->held, 1);
+        if (state == FLOW_HELD)
+                atomic_fetch_add(&f->pod->held, 1);
+        f->state = state;
+}
+
+static void release(struct flow *f)
+{
+        if (link_alone(&f->wait))
+                return;
+        if (f->state == FLOW_HELD)
+                atomic_fetch_sub(&f->pod->held, 1);
+        f->state = FLOW_CONNECTING;
+        link_remove(&f->wait);
+        timer_stop(&f->timer);
+}
+
+/* For a policy that the record of this pod names: before its first complete state all of it may be on its way. */
+static enum timer_length patience_at(const struct pod *p)
+{
+        return atomic_load(&p->complete) ? TIMER_1S : TIMER_5S;
+}
+
+static void note_complete(struct worker *w, struct pod *p)
+{
+        struct identity *i;
+        const struct workload *own = atomic_load(&p->complete) ? NULL : complete(w, p, &i);
+        if (own && !view_policy_missing(w->view, own))
+                atomic_store(&p->complete, true);
+}
+
+static void go_local(struct flow *f, struct seat *near, const struct workload *own, const struct route *r,
+                     const struct rbac_verdict *verdict)
+{
+        struct pod *target = near->pod;
         f->local = true;
         f->target = pod_ref(target);
         atomic_fetch_add(&target->connections, 1);
@@ -362,15 +530,14 @@ static void go_local(struct flow *f, struct pod *target, const struct workload *
         count_open(f, EVENT_SOURCE, own, r->dst, f->pod->identity, target->identity, false);
         count_open(f, EVENT_DESTINATION, own, r->dst, f->pod->identity, target->identity, false);
         event_count(f->w->ev, EV_SAME_NODE, 1);
-        rbac_decide(f->w->view, r->dst, &request, &verdict);
-        if (!verdict.allow) {
-                f->why = verdict.policy;
-                flow_reset(f, FLAG_DENY, "denied by policy");
+        if (!verdict->allow) {
+                denied(f, target, r->dst, verdict, false);
                 return;
         }
         int result = connect_application(f, target, &r->target, false);
         if (result < 0)
                 flow_reset(f, FLAG_CONNECT, strerror(-result));
+        let_in(f, near, r->dst, verdict);
 }
 
 static void go_hbone(struct flow *f, const struct workload *own, const struct route *r, struct identity *i)
@@ -399,54 +566,64 @@ static bool expects(const struct route *r, const char *identity)
         return false;
 }
 
+/* The other pod of this node that it goes to. Only what is really that pod: its address, and an identity that the
+ * record allows. The rest is for TLS to find out. */
+static struct seat *near_of(struct flow *f, const struct route *r)
+{
+        if (r->kind != ROUTE_HBONE || atomic_load(&f->w->engine->same_node_mtls))
+                return NULL;
+        struct seat *seat = seat_of_workload(f->w, r->dst->uid);
+        return seat && pod_has(seat->pod, &r->target.addr) && expects(r, seat->pod->identity) ? seat : NULL;
+}
+
 /* Outbound: everything about the pod is there; where does this go? */
 static void route_outbound(struct flow *f, const struct workload *own, struct identity *i)
 {
         struct route r;
+        struct rbac_verdict verdict;
         view_route(f->w->view, own, &f->dst, loop_random(f->w), &r);
         if (r.kind == ROUTE_UNKNOWN) {
-                if (f->state != FLOW_UNKNOWN) {
-                        f->state = FLOW_UNKNOWN;
-                        link_add(&f->w->held, &f->wait);
-                        timer_set(f->w, &f->timer, TIMER_FLOW, TIMER_1S);
-                }
+                hold(f, FLOW_UNKNOWN, TIMER_1S);
                 return;
         }
-        link_remove(&f->wait);
-        timer_stop(&f->timer);
+        struct seat *near = near_of(f, &r);
+        if (near) {
+                f->app = r.target;
+                judge(f, r.dst, &verdict);
+                if (verdict.reason == RBAC_NOT_RECEIVED) {
+                        hold(f, FLOW_HELD, patience_at(near->pod));
+                        return;
+                }
+        }
+        release(f);
         f->service_host = copy(r.service_host);
         f->service_name = copy(r.service_name);
         f->service_namespace = copy(r.service_namespace);
         f->hop = r.next_hop;
-        switch (r.kind) {
-        case ROUTE_PLAIN:
+        if (near)
+                go_local(f, near, own, &r, &verdict);
+        else if (r.kind == ROUTE_PLAIN)
                 go_plain(f, own, &r);
-                break;
-        case ROUTE_HBONE: {
-                struct seat *seat =
-                        atomic_load(&f->w->engine->same_node_mtls) ? NULL : seat_of_workload(f->w, r.dst->uid);
-                /* Only what is really that pod: its address, and an identity that the record allows. The rest is for
-                 * TLS to find out. */
-                if (seat && pod_has(seat->pod, &r.target.addr) && expects(&r, seat->pod->identity))
-                        go_local(f, seat->pod, own, &r);
-                else
-                        go_hbone(f, own, &r, i);
-                break;
-        }
-        default:
+        else if (r.kind == ROUTE_HBONE)
+                go_hbone(f, own, &r, i);
+        else
                 refuse(f, FLAG_CONNECT, "no_route", r.reason ? r.reason : "refused");
-                break;
-        }
 }
 
 /* Inbound, plain or by HBONE: may it, and then to the application. */
 static void admit(struct flow *f, const struct workload *own)
 {
         struct worker *w = f->w;
-        struct rbac_request request = {
-                .identity = f->by_hbone ? f->peer : NULL, .source = f->src, .destination = f->dst};
+        struct seat *seat = seat_of_workload(w, f->pod->workload);
         struct rbac_verdict verdict;
         struct route labels;
+        f->app = f->dst;
+        judge(f, own, &verdict);
+        if (verdict.reason == RBAC_NOT_RECEIVED) {
+                hold(f, FLOW_HELD, patience_at(f->pod));
+                return;
+        }
+        release(f);
         const struct workload *src = view_workload_at(w->view, &f->src.addr);
         if (f->by_hbone && src && strcmp(src->identity, f->peer) != 0)
                 src = NULL; /* the address says one thing, the certificate another: the certificate is right */
@@ -456,52 +633,88 @@ static void admit(struct flow *f, const struct workload *own)
         f->service_namespace = copy(labels.service_namespace);
         count_open(f, EVENT_DESTINATION, src, own, f->by_hbone ? f->peer : NULL,
                    f->by_hbone ? f->pod->identity : own->identity, f->by_hbone);
-        rbac_decide(w->view, own, &request, &verdict);
         if (!verdict.allow) {
-                f->why = verdict.policy;
-                if (f->by_hbone)
-                        flow_deny(f, 401, FLAG_DENY, "denied by policy");
-                else
-                        flow_reset(f, FLAG_DENY, "denied by policy");
+                denied(f, f->pod, own, &verdict, false);
                 return;
         }
-        int result = connect_application(f, f->pod, &f->dst, !f->by_hbone);
+        int result = seat ? connect_application(f, f->pod, &f->dst, !f->by_hbone) : -ENOENT;
         if (result < 0) {
                 if (f->by_hbone)
                         flow_deny(f, 503, FLAG_CONNECT, strerror(-result));
                 else
                         flow_reset(f, FLAG_CONNECT, strerror(-result));
+        } else {
+                let_in(f, seat, own, &verdict);
         }
 }
 
-/* A flow that can be decided is, else it is held. */
+/* A flow that can be decided is, else it is held. A pod's own policies are about those who come; before its first
+ * complete state it speaks to nobody either. */
 static void decide(struct flow *f)
 {
         struct identity *i;
         const struct workload *own = complete(f->w, f->pod, &i);
-        if (!own || !view_policies_known(f->w->view, own)) {
-                if (f->state != FLOW_HELD) {
-                        f->state = FLOW_HELD;
-                        atomic_fetch_add(&f->pod->held, 1);
-                        link_add(&f->w->held, &f->wait);
-                        timer_set(f->w, &f->timer, TIMER_FLOW, TIMER_5S);
-                }
-                return;
-        }
-        if (f->state == FLOW_HELD) {
-                atomic_fetch_sub(&f->pod->held, 1);
-                f->state = FLOW_CONNECTING;
-                link_remove(&f->wait);
-                timer_stop(&f->timer);
-        }
-        if (f->way == WAY_OUTBOUND)
+        note_complete(f->w, f->pod);
+        if (!own || (f->way == WAY_OUTBOUND && !atomic_load(&f->pod->complete)))
+                hold(f, FLOW_HELD, TIMER_5S);
+        else if (f->way == WAY_OUTBOUND)
                 route_outbound(f, own, i);
         else
                 admit(f, own);
 }
 
+/* Nobody has brought what it was held for. */
+static void give_up(struct flow *f)
+{
+        struct worker *w = f->w;
+        char why[600];
+        struct identity *i;
+        const struct workload *own = view_workload(w->view, f->pod->workload);
+        struct rbac_verdict verdict;
+        if (complete(w, f->pod, &i)) {
+                const struct workload *dst = f->way == WAY_OUTBOUND ? view_workload_at(w->view, &f->app.addr) : own;
+                struct seat *seat = dst ? seat_of_workload(w, dst->uid) : NULL;
+                if (seat && f->app.port) {
+                        judge(f, dst, &verdict);
+                        if (!verdict.allow) {
+                                event_refused(w->ev, "held_timeout");
+                                denied(f, seat->pod, dst, &verdict, false);
+                                return;
+                        }
+                }
+                const char *missing = view_policy_missing(w->view, own);
+                snprintf(why, sizeof(why), "policy not received yet: %.500s", missing ? missing : "none");
+        } else if (!own) {
+                snprintf(why, sizeof(why), "no record of %.200s within 5 s", f->pod->workload);
+        } else {
+                snprintf(why, sizeof(why),
+                         i ? "the certificate for %.300s has expired" : "no certificate for %.300s within 5 s",
+                         f->pod->identity);
+        }
+        if (f->way == WAY_INBOUND_HBONE)
+                flow_deny(f, 503, FLAG_IDENTITY_ERROR, why);
+        else
+                refuse(f, FLAG_IDENTITY_ERROR, "held_timeout", why);
+}
+
+void conn_seat(struct worker *w, struct seat *seat)
+{
+        uint64_t stamp = view_stamp(w->view, seat->pod->workload, seat->pod->namespace_);
+        if (stamp != seat->stamp || !seat->epoch) {
+                seat->stamp = stamp;
+                seat->epoch++;
+        }
+        if (!link_alone(&seat->judged) && container(seat->judged.next, struct flow, judged)->epoch != seat->epoch &&
+            link_alone(&seat->stale))
+                link_add(&w->stale, &seat->stale);
+        note_complete(w, seat->pod);
+}
+
 void conn_state_changed(struct worker *w)
 {
+        for (int i = 0; i < LOOP_HASH; i++)
+                for (struct link *l = w->seats[i].next; l != &w->seats[i]; l = l->next)
+                        conn_seat(w, container(l, struct seat, link));
         /* each is looked at once: those that go on waiting stay where they are */
         for (struct link *l = w->held.next, *next; l != &w->held; l = next) {
                 next = l->next;
@@ -832,12 +1045,7 @@ void flow_expired(struct flow *f)
 {
         switch (f->state) {
         case FLOW_HELD:
-                if (f->way == WAY_INBOUND_HBONE)
-                        flow_deny(f, 503, FLAG_IDENTITY_ERROR,
-                                  "no certificate, record or policy of the pod within 5 s");
-                else
-                        refuse(f, FLAG_IDENTITY_ERROR, "held_timeout",
-                               "no certificate, record or policy of the pod within 5 s");
+                give_up(f);
                 break;
         case FLOW_UNKNOWN:
                 refuse(f, FLAG_CONNECT, "unknown_destination", "no record of this address of the cluster");
@@ -928,6 +1136,8 @@ void flow_request(struct flow *f)
                 flow_deny(f, 400, FLAG_CONNECT, "authority is not the address of this pod");
         else if (to.port == HBONE_PORT || pod_owns_port(f->pod, to.port))
                 flow_deny(f, 503, FLAG_CONNECT, "attempted recursive call to ourselves");
+        else if (f->a.tun->until_s <= (int64_t)time(NULL))
+                flow_deny(f, 503, FLAG_IDENTITY_ERROR, "a certificate of the tunnel has expired");
         else if (atomic_load(&engine->fds) > atomic_load(&engine->fd_limit))
                 flow_deny(f, 503, FLAG_CONNECT, "too many open files");
         else if (atomic_load(&f->pod->buffered) > engine->config.pod_budget ||
@@ -948,6 +1158,21 @@ void flow_tunnel_open(struct flow *f, struct tun *t)
         timer_set(f->w, &f->timer, TIMER_FLOW, TIMER_15S);
 }
 
+/* The other node says so; its engine knows by which policy. */
+static void told_denied(struct flow *f)
+{
+        struct denial what = {.namespace_ = f->pod->namespace_,
+                              .pod = f->pod->name,
+                              .pod_uid = f->pod->uid,
+                              .outbound = true,
+                              .src = f->src,
+                              .dst = f->dst,
+                              .identity = f->pod->identity,
+                              .policy = "",
+                              .reason = "denied by the destination (http status 401)"};
+        denials_add(f->w->engine->denials, &what);
+}
+
 void flow_answer(struct flow *f, int status)
 {
         if (f->state != FLOW_ASKED)
@@ -955,7 +1180,8 @@ void flow_answer(struct flow *f, int status)
         if (status == 200) {
                 relay_begins(f);
         } else if (status < 100 || status > 199) {
-                f->why = "CONNECT refused";
+                if (status == 401)
+                        told_denied(f);
                 flow_reset(f, status == 401 ? FLAG_DENY : FLAG_CONNECT,
                            status == 401   ? "http status: 401"
                            : status == 503 ? "http status: 503"

@@ -48,15 +48,18 @@ struct flow {
         struct side a, b;     /* a opened it */
         struct endpoint src, dst, hop;
         struct endpoint own; /* bound source of b towards an application */
+        struct endpoint app; /* where policy decides: the application's address and port */
         char *authority, *service_host, *service_name, *service_namespace;
         char *method;                                /* of a request that is being read */
         char *peer;                                  /* identity of the other side, where one was proved; owned */
         struct link seat, ready, wait, member, dead; /* member: of its tunnel */
+        struct link judged;                          /* at the destination's seat, once it was let in */
+        uint64_t epoch;                              /* the seat's, by which it was */
         struct timer timer;
         uint64_t opened_ms, last_ms, sent, received; /* a to b, b to a */
         uint64_t told_sent, told_received;           /* of these, what the counters have */
         struct event_set *set[2];                    /* source's, destination's view */
-        const char *why;
+        const char *policy;                          /* that ends it; NULL unless it is ending */
 };
 
 static inline struct side *side_of(struct io *io)
@@ -67,6 +70,10 @@ static inline struct side *side_of(struct io *io)
 void conn_accept(struct worker *w, struct listener *l);
 /* The mesh, a pod or an identity changed: what waits is looked at again. */
 void conn_state_changed(struct worker *w);
+/* Judges anew, as many as one turn allows, connections that a change of the mesh may end; worker.stale has the rest. */
+void conn_review(struct worker *w);
+/* For a new seat: what decides about its connections, as of now. */
+void conn_seat(struct worker *w, struct seat *seat);
 void conn_abort_all(struct worker *w);
 void conn_abort_seat(struct worker *w, struct seat *seat);
 void conn_free_dead(struct worker *w);
@@ -77,7 +84,7 @@ void flow_ready(struct flow *f);
 void flow_expired(struct flow *f);
 /* Brings the counters up to date: a scrape shows connections that are still open. */
 void flow_count(struct flow *f);
-/* Ends it at once: sockets with RST, streams with RST_STREAM. why: static. */
+/* Ends it at once: sockets with RST, streams with RST_STREAM. */
 void flow_reset(struct flow *f, enum event_flag flag, const char *why);
 
 /* From hbone.c. */

@@ -219,15 +219,95 @@ static void service(struct text *t, const struct mesh_view *v, const struct serv
         raw(t, "}");
 }
 
+/* One list of a match, in the words of ztunnel's dump (reference ztunnel.md 8.3). */
+static void match_list(struct text *t, const struct policy_record *p, enum policy_list list, struct policy_range r)
+{
+        static const char *const kinds[] = {"Exact", "Prefix", "Suffix", "Presence"};
+        char ip[ENDPOINT_STRLEN], buf[16];
+        raw(t, "[");
+        for (uint32_t i = r.first; i < r.first + r.count; i++) {
+                comma(t, i > r.first);
+                if (list == LIST_NAMESPACES || list == LIST_PRINCIPALS) {
+                        raw(t, "{\"");
+                        raw(t, kinds[p->texts[i].kind]);
+                        raw(t, "\":");
+                        if (p->texts[i].kind == TEXT_PRESENCE)
+                                raw(t, "[]");
+                        else
+                                quoted(t, p->texts[i].text);
+                        raw(t, "}");
+                } else if (list == LIST_PORTS) {
+                        snprintf(buf, sizeof(buf), "%u", p->ports[i]);
+                        raw(t, buf);
+                } else if (list == LIST_ACCOUNTS) {
+                        raw(t, "{\"namespace\":");
+                        quoted(t, p->accounts[i].namespace_);
+                        member(t, "serviceAccount", p->accounts[i].account);
+                        raw(t, "}");
+                } else {
+                        const struct policy_net *n = &p->nets[i];
+                        snprintf(buf, sizeof(buf), "/%u", n->v4 ? n->prefix - 96u : n->prefix);
+                        raw(t, "\"");
+                        raw(t, addr_format(&n->base, ip));
+                        raw(t, buf);
+                        raw(t, "\"");
+                }
+        }
+        raw(t, "]");
+}
+
+static void match(struct text *t, const struct policy_record *p, const struct policy_match *m)
+{
+        static const char *const names[LISTS] = {
+                "namespaces",       "notNamespaces",       "principals",      "notPrincipals",
+                "sourceIps",        "notSourceIps",        "destinationIps",  "notDestinationIps",
+                "destinationPorts", "notDestinationPorts", "serviceAccounts", "notServiceAccounts",
+        };
+        bool any = false;
+        raw(t, "{");
+        for (unsigned i = 0; i < LISTS; i++) {
+                if (!m->lists[i].count)
+                        continue;
+                comma(t, any);
+                any = true;
+                quoted(t, names[i]);
+                raw(t, ":");
+                match_list(t, p, (enum policy_list)(i & ~1u), m->lists[i]);
+        }
+        raw(t, "}");
+}
+
 static void policy(struct text *t, const struct policy_record *p)
 {
-        static const char *const scopes[] = {"global", "namespace", "workload"};
-        raw(t, "{\"name\":");
+        static const char *const scopes[] = {"Global", "Namespace", "WorkloadSelector"};
+        raw(t, "{\"key\":");
         quoted(t, p->r.name);
-        member(t, "namespace", p->namespace_);
+        member(t, "name", p->name);
+        member(t, "namespace", p->home);
         member(t, "scope", scopes[p->scope]);
-        member(t, "action", p->deny ? "deny" : "allow");
-        boolean(t, "dry_run", p->dry_run);
+        member(t, "action", p->deny ? "Deny" : "Allow");
+        key(t, "rules");
+        raw(t, "[");
+        for (unsigned r = 0; r < p->nrules; r++) {
+                struct policy_range clauses = p->rules[r].clauses;
+                comma(t, r);
+                raw(t, "[");
+                for (uint32_t c = 0; c < clauses.count; c++) {
+                        struct policy_range matches = p->clauses[clauses.first + c].matches;
+                        comma(t, c);
+                        raw(t, "[");
+                        for (uint32_t m = 0; m < matches.count; m++) {
+                                comma(t, m);
+                                match(t, p, &p->matches[matches.first + m]);
+                        }
+                        raw(t, "]");
+                }
+                raw(t, "]");
+        }
+        raw(t, "]");
+        boolean(t, "dryRun", p->dry_run);
+        if (p->undecodable)
+                member(t, "undecodable", p->undecodable);
         member(t, "version", p->r.version);
         raw(t, "}");
 }
@@ -252,6 +332,13 @@ static void versions(struct text *t, const struct mesh_view *v)
         version(t, "policy", &p->r);
 }
 
+/* Each record has a line of its own, so that a reader can pass over what it does not look for. */
+static void next_line(struct text *t, unsigned n)
+{
+        if (n)
+                raw(t, ",\n");
+}
+
 int mesh_dump(struct mesh *m, const char *what, int fd)
 {
         const struct mesh_view *v = mesh_newest(m);
@@ -262,29 +349,29 @@ int mesh_dump(struct mesh *m, const char *what, int fd)
         if (strcmp(what, "versions") == 0) {
                 versions(t, v);
         } else if (strcmp(what, "workloads") == 0) {
-                raw(t, "[");
+                raw(t, "[\n");
                 TABLE_EACH(&v->workloads, w, struct workload_record)
                 {
-                        comma(t, n++);
+                        next_line(t, n++);
                         workload(t, w);
                 }
-                raw(t, "]");
+                raw(t, "\n]\n");
         } else if (strcmp(what, "services") == 0) {
-                raw(t, "[");
+                raw(t, "[\n");
                 TABLE_EACH(&v->services, s, struct service_record)
                 {
-                        comma(t, n++);
+                        next_line(t, n++);
                         service(t, v, s);
                 }
-                raw(t, "]");
+                raw(t, "\n]\n");
         } else if (strcmp(what, "policies") == 0) {
-                raw(t, "[");
+                raw(t, "[\n");
                 TABLE_EACH(&v->policies, p, struct policy_record)
                 {
-                        comma(t, n++);
+                        next_line(t, n++);
                         policy(t, p);
                 }
-                raw(t, "]");
+                raw(t, "\n]\n");
         } else {
                 t->error = -EINVAL;
         }

@@ -19,8 +19,11 @@
 #include <time.h>
 #include <unistd.h>
 #include "conn.h"
+#include "denial.h"
 #include "hbone.h"
 #include "pod.h"
+#include "rbac.h"
+#include "state.h"
 
 #define MAX_WORKERS 8
 #define DEFAULT_WORKERS 4
@@ -54,6 +57,7 @@ int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg)
         getrlimit(RLIMIT_NOFILE, &files);
         atomic_init(&t->fd_limit, files.rlim_cur / 10 * 9);
         atomic_init(&t->fds, 64);
+        t->denials = denials_new();
         if ((result = netns_remember()) < 0 || (result = mesh_new(&t->mesh, t->nworkers)) < 0 ||
             (result = event_new(&t->event, t->nworkers, cfg->log_fd)) < 0)
                 goto fail;
@@ -71,6 +75,7 @@ fail:
                 event_free(t->event);
         if (t->mesh)
                 mesh_free(t->mesh);
+        denials_free(t->denials);
         free(t);
         return result;
 }
@@ -117,8 +122,8 @@ static void unshelve(struct link *shelf, const char *uri)
         }
 }
 
-/* Server tunnels of this identity with another certificate take no new streams. */
-static void retire_servers(struct worker *w, const char *uri, const struct identity *now)
+/* Tunnels of this identity with another certificate than now. */
+static void recertify(struct worker *w, const char *uri, const struct identity *now)
 {
         for (int i = 0; i < LOOP_HASH; i++)
                 for (struct link *s = w->seats[i].next; s != &w->seats[i]; s = s->next) {
@@ -129,7 +134,7 @@ static void retire_servers(struct worker *w, const char *uri, const struct ident
                                 struct tun *t = container(l, struct tun, seat);
                                 next = l->next;
                                 if (t->identity && t->identity != now)
-                                        tun_retire(t);
+                                        tun_recertified(t, now);
                         }
                 }
 }
@@ -140,7 +145,7 @@ static void mail_identity(struct worker *w, void *arg)
         struct link *shelf = &w->identities[loop_hash(i->uri)];
         unshelve(shelf, i->uri);
         shelve(shelf, i);
-        retire_servers(w, i->uri, i);
+        recertify(w, i->uri, i);
         w->look_again = true;
         loop_wake(w);
 }
@@ -149,7 +154,7 @@ static void mail_identity_gone(struct worker *w, void *arg)
 {
         const char *uri = arg;
         unshelve(&w->identities[loop_hash(uri)], uri);
-        retire_servers(w, uri, NULL);
+        recertify(w, uri, NULL);
         w->look_again = true;
         loop_wake(w);
 }
@@ -282,7 +287,10 @@ static void mail_pod(struct worker *w, void *arg)
         link_init(&s->link);
         link_init(&s->flows);
         link_init(&s->tuns);
+        link_init(&s->judged);
+        link_init(&s->stale);
         s->pod = pod_ref(p);
+        conn_seat(w, s);
         link_add(&w->seats[loop_hash(p->workload)], &s->link);
         for (int role = 0; role < ROLES; role++) {
                 struct listener *l = calloc(1, sizeof(*l));
@@ -322,6 +330,9 @@ static void mail_pod_gone(struct worker *w, void *arg)
                                         flow_reset(f, FLAG_CONNECT, "the pod left the mesh");
                         }
                 }
+        while (!link_alone(&s->judged)) /* by now all of them were the pod's, and are gone */
+                flow_reset(container(s->judged.next, struct flow, judged), FLAG_CONNECT, "the pod left the mesh");
+        link_remove(&s->stale);
         for (int role = 0; role < ROLES; role++) {
                 close(s->listeners[role]->io.fd);
                 s->listeners[role]->io.fd = -1;
@@ -461,7 +472,9 @@ static void mail_count(struct worker *w, void *arg)
 int tunnel_metrics(struct tunnel *t, int fd)
 {
         int result = loop_all(t, mail_count, NULL);
-        return result < 0 ? result : event_metrics(t->event, fd);
+        if (result == 0)
+                result = event_metrics(t->event, fd);
+        return result < 0 ? result : denials_metrics(t->denials, fd);
 }
 
 const char *tunnel_openssl_version(void)
@@ -616,6 +629,8 @@ int tunnel_dump(struct tunnel *t, const char *what, int fd)
         if (strcmp(what, "workloads") == 0 || strcmp(what, "services") == 0 || strcmp(what, "policies") == 0 ||
             strcmp(what, "versions") == 0)
                 return mesh_dump(t->mesh, what, fd);
+        if (strcmp(what, "denials") == 0)
+                return denials_dump(t->denials, fd);
         bool flows = strcmp(what, "connections") == 0, tunnels = strcmp(what, "tunnels") == 0,
              pods = strcmp(what, "pods") == 0;
         if (!flows && !tunnels && !pods && strcmp(what, "identities") != 0)
@@ -642,6 +657,104 @@ int tunnel_dump(struct tunnel *t, const char *what, int fd)
         return result;
 }
 
+/* -- why ----------------------------------------------------------------------------------------------------------- */
+
+#define AUTHZ_POLICIES 256
+
+/* "IP", "IP:PORT", "[IP]:PORT"; port 0 where there is none. */
+static int parse_endpoint(const char *text, struct endpoint *out)
+{
+        char host[64];
+        uint8_t ip[16];
+        bool four;
+        const char *start = text, *stop = text + strlen(text), *port = NULL;
+        *out = (struct endpoint){0};
+        if (*text == '[') {
+                start = text + 1;
+                stop = strchr(start, ']');
+                if (!stop || (stop[1] && stop[1] != ':'))
+                        return -EINVAL;
+                port = stop[1] ? stop + 2 : NULL;
+        } else if (strchr(text, ':') && strchr(text, ':') == strrchr(text, ':')) {
+                stop = strchr(text, ':');
+                port = stop + 1;
+        }
+        if ((size_t)(stop - start) >= sizeof(host))
+                return -EINVAL;
+        memcpy(host, start, (size_t)(stop - start));
+        host[stop - start] = 0;
+        four = inet_pton(AF_INET, host, ip) == 1;
+        if (!four && inet_pton(AF_INET6, host, ip) != 1)
+                return -EINVAL;
+        addr_from_bytes(&out->addr, ip, four ? 4 : 16);
+        if (!port)
+                return 0;
+        char *end;
+        unsigned long n = *port >= '0' && *port <= '9' ? strtoul(port, &end, 10) : 0;
+        if (n == 0 || n > 65535 || *end)
+                return -EINVAL;
+        out->port = (uint16_t)n;
+        return 0;
+}
+
+struct answer {
+        struct dump d;
+        size_t most; /* bytes */
+};
+
+/* One more of the list, where it fits. */
+static void explain(void *arg, const struct policy_record *p, int rule)
+{
+        struct answer *a = arg;
+        FILE *out = a->d.out;
+        if ((size_t)ftell(out) + 2 * strlen(p->r.name) + 128 > a->most)
+                return;
+        comma(&a->d);
+        fputc('{', out);
+        json_text(out, "name", p->r.name);
+        fprintf(out, ",\"action\":\"%s\",\"dry_run\":%s,\"matched\":%s,\"rule\":%d}", p->deny ? "Deny" : "Allow",
+                p->dry_run ? "true" : "false", rule < 0 ? "false" : "true", rule);
+}
+
+int tunnel_authz(struct tunnel *t, const char *identity, const char *source, const char *destination, char *out,
+                 size_t out_len)
+{
+        const struct mesh_view *v = mesh_newest(t->mesh);
+        struct rbac_request request = {.identity = *identity ? identity : NULL};
+        struct rbac_verdict verdict = {.policy = "", .rule = -1};
+        char reason[2400], td[256], *text = NULL;
+        size_t len = 0;
+        if (parse_endpoint(source, &request.source) < 0 || parse_endpoint(destination, &request.destination) < 0 ||
+            !request.destination.port || (*identity && !spiffe_trust_domain(identity, td, sizeof(td))))
+                return -EINVAL;
+        const struct workload *w = view_workload_at(v, &request.destination.addr);
+        if (w) {
+                rbac_decide(v, w, &request, &verdict);
+                rbac_text(&verdict, reason, sizeof(reason));
+        } else {
+                char ip[ENDPOINT_STRLEN];
+                snprintf(reason, sizeof(reason), "no workload at %s", addr_format(&request.destination.addr, ip));
+        }
+        struct answer a = {.d.out = open_memstream(&text, &len), .most = out_len};
+        if (!a.d.out)
+                return -ENOMEM;
+        fprintf(a.d.out, "{\"allow\":%s,\"rule\":%d,", verdict.allow ? "true" : "false", verdict.rule);
+        json_text(a.d.out, "policy", verdict.policy);
+        fputc(',', a.d.out);
+        json_text(a.d.out, "reason", reason);
+        fputc(',', a.d.out);
+        json_text(a.d.out, "workload", w ? w->uid : "");
+        fputs(",\"policies\":[", a.d.out);
+        if (w)
+                rbac_consider(v, w, &request, AUTHZ_POLICIES, explain, &a);
+        fputs("]}", a.d.out);
+        int result = fclose(a.d.out) != 0 ? -ENOMEM : len >= out_len ? -EMSGSIZE : 0;
+        if (result == 0)
+                memcpy(out, text, len + 1);
+        free(text);
+        return result;
+}
+
 void tunnel_free(struct tunnel *t)
 {
         while (!link_alone(&t->pods))
@@ -659,5 +772,6 @@ void tunnel_free(struct tunnel *t)
                                                  ->identity->uri);
         mesh_free(t->mesh);
         event_free(t->event);
+        denials_free(t->denials);
         free(t);
 }

@@ -537,6 +537,11 @@ void event_log(struct event *e, struct event_worker *w, const char *level, const
         va_end(ap);
 }
 
+bool event_log_room(struct event *e, struct event_worker *w)
+{
+        return log_room(e->log, w->number);
+}
+
 struct event_worker *event_worker(struct event *e, unsigned i)
 {
         return e->worker[i];

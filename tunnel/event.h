@@ -76,6 +76,9 @@ void event_count(struct event_worker *w, enum event_counter c, int64_t delta);
 void event_log(struct event *e, struct event_worker *w, const char *level, const char *fmt, ...)
         __attribute__((format(printf, 4, 5)));
 
+/* False: a line of this worker would find no room and was counted; for lines that cost much to make. */
+bool event_log_room(struct event *e, struct event_worker *w);
+
 /* Prometheus text, HELP and TYPE included. */
 int event_metrics(struct event *e, int fd);
 

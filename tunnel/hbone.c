@@ -15,8 +15,9 @@
  * long as its reader drains a window's worth and the budgets allow it.
  *
  * A client tunnel belongs to one pod and one set of expected identities (pool.c); a server tunnel to the pod it arrived
- * at. It takes no new stream once its certificate, or the peer's, or the record that it was opened for is replaced or
- * ended, and closes with its last one.
+ * at. It takes no new stream once its own certificate, or the record that it was opened for, is replaced, and closes
+ * with its last one; it is cut at the first end of a certificate of either chain, and when the root of its peer's is
+ * not trusted any more.
  */
 #include <errno.h>
 #include <netinet/tcp.h>
@@ -109,7 +110,7 @@ static int on_send_data(nghttp2_session *h2, nghttp2_frame *frame, const uint8_t
                 memcpy(record, header, 9);
                 if (tls_write(&t->tls, record, (int)length + 9, &t->key_updates) < 0)
                         return NGHTTP2_ERR_CALLBACK_FAILURE;
-        } else if (stage_add(t, header, 9) < 0 || stage_add(t, buf_at(&s->out), length) < 0) {
+        } else if (stage_add(t, header, 9) < 0 || (length && stage_add(t, buf_at(&s->out), length) < 0)) {
                 return NGHTTP2_ERR_CALLBACK_FAILURE;
         }
         if (length)
@@ -546,14 +547,19 @@ void tun_free_dead(struct worker *w)
 
 /* -- coming up ---------------------------------------------------------------------------------------------------- */
 
+#define UNTRUSTED "the root of the peer's certificate is not trusted any more"
+
 /* Who is at the other end? NULL, or what is wrong. */
 static const char *check_peer(struct tun *t)
 {
         char own[256], theirs[256];
         int64_t until_s;
-        const char *wrong = tls_peer(&t->tls, t->peer, &until_s);
+        const char *wrong = tls_peer(&t->tls, t->peer, &until_s, t->root);
+        const struct identity *now = worker_identity(t->w, t->pod->identity);
         if (wrong)
                 return wrong;
+        if (now && !identity_trusts(now, t->root))
+                return UNTRUSTED; /* changed while it came up */
         if (until_s < t->until_s)
                 t->until_s = until_s;
         if (t->server) {
@@ -565,6 +571,20 @@ static const char *check_peer(struct tun *t)
                 if (strcmp(t->sans[i], t->peer) == 0)
                         return NULL;
         return "peer has another identity than the destination";
+}
+
+void tun_recertified(struct tun *t, const struct identity *now)
+{
+        if (now && t->state == TUN_OPEN && !identity_trusts(now, t->root))
+                tun_fail(t, FLAG_IDENTITY_ERROR, UNTRUSTED);
+        else
+                tun_retire(t);
+}
+
+static void set_ping(struct tun *t)
+{
+        bool soon = t->until_s - (int64_t)time(NULL) <= 10;
+        timer_set(t->w, &t->ping, TIMER_PING, soon ? TIMER_1S : TIMER_10S);
 }
 
 static void tun_opened(struct tun *t)
@@ -580,7 +600,7 @@ static void tun_opened(struct tun *t)
                 nghttp2_submit_shutdown_notice(t->h2); /* retired while it came up */
         if (link_alone(&t->waiting))
                 rest(t);
-        timer_set(t->w, &t->ping, TIMER_PING, TIMER_10S);
+        set_ping(t);
         tun_mark_dirty(t);
         while (!link_alone(&t->waiting)) {
                 struct flow *f = container(t->waiting.next, struct flow, member);
@@ -736,15 +756,16 @@ void tun_expired(struct tun *t)
         }
 }
 
-/* Every 10 s: asks a silent peer whether it is there, and looks whether the certificates still hold. */
+/* Every 10 s: asks a silent peer whether it is there, and looks whether the certificates still hold; every second when
+ * their end is near. No tunnel outlives them. */
 void tun_ping(struct tun *t)
 {
         if (t->state != TUN_OPEN)
                 return;
-        if (t->until_s <= (int64_t)time(NULL))
-                tun_retire(t);
-        if (t->state != TUN_OPEN)
+        if (t->until_s <= (int64_t)time(NULL)) {
+                tun_fail(t, FLAG_IDENTITY_ERROR, "a certificate of the tunnel has expired");
                 return;
+        }
         bool silent = t->w->now_ms - t->heard_ms >= 10000;
         if (silent && t->pinged && t->w->now_ms - t->heard_ms >= 30000) {
                 tun_fail(t, FLAG_CONNECT, "peer does not answer");
@@ -755,7 +776,7 @@ void tun_ping(struct tun *t)
                 t->pinged = true;
                 tun_mark_dirty(t);
         }
-        timer_set(t->w, &t->ping, TIMER_PING, TIMER_10S);
+        set_ping(t);
 }
 
 /* -- streams ------------------------------------------------------------------------------------------------------ */

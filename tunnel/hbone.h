@@ -29,7 +29,8 @@ struct tun {
         struct identity *identity;
         char peer[TLS_URI_MAX];
         struct endpoint remote, local;
-        int64_t until_s; /* earliest end of both chains, wall clock */
+        int64_t until_s;          /* earliest end of both chains, wall clock */
+        uint8_t root[TLS_DIGEST]; /* that the peer's chain ends with */
         /* client: whom it is for */
         uint64_t record;
         char **sans;
@@ -65,6 +66,8 @@ void tun_free_dead(struct worker *w);
 void tun_try_start(struct tun *t);
 /* No new streams from now on; ends when the last one does. */
 void tun_retire(struct tun *t);
+/* The identity of its pod has another certificate (NULL: none): retired, or cut where its peer is not trusted now. */
+void tun_recertified(struct tun *t, const struct identity *now);
 
 /* For a flow's stream. */
 void tun_resume(struct side *s);

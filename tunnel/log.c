@@ -122,6 +122,17 @@ void log_line(struct log *l, unsigned ring, const char *level, const char *fmt, 
                 eventfd_write(l->wake_fd, 1);
 }
 
+bool log_room(struct log *l, unsigned ring)
+{
+        struct ring *r = &l->ring[ring];
+        if (RING - (atomic_load_explicit(&r->head, memory_order_relaxed) -
+                    atomic_load_explicit(&r->tail, memory_order_acquire)) >=
+            LINE_MAX_LEN)
+                return true;
+        atomic_fetch_add_explicit(&r->dropped, 1, memory_order_relaxed);
+        return false;
+}
+
 /* Waits until the log takes bytes. False: told to stop and the time for that is over. */
 static bool log_ready(struct log *l, uint64_t *stop_at)
 {

@@ -4,6 +4,7 @@
 #define SIDESTEP_LOG_H
 
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 struct log;
@@ -16,6 +17,8 @@ void log_free(struct log *l);
 /* One line: time, level, text, LF; at most 2 KiB. */
 void log_line(struct log *l, unsigned ring, const char *level, const char *fmt, va_list ap)
         __attribute__((format(printf, 4, 0)));
+/* Whether a line would find room, else it is counted as dropped: for lines that cost much to make. */
+bool log_room(struct log *l, unsigned ring);
 uint64_t log_dropped(const struct log *l); /* lines that found no room, or no reader */
 
 #endif

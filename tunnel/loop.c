@@ -4,8 +4,9 @@
  *
  * Edge-triggered epoll: every socket is added once, for reading and writing, and never changed; `readable` and
  * `writable` are remembered until a call says EAGAIN (or a short read shows that there was no more). One turn of the
- * loop: adopt the newest state of the mesh, take mail, take events, run what is ready, write what the tunnels have, run
- * out deadlines, free the dead. Nothing blocks.
+ * loop: adopt the newest state of the mesh, judge anew some of the connections that it may end, take mail, take events,
+ * run what is ready, write what the tunnels have, run out deadlines, free the dead. Nothing blocks. A state is in force
+ * when no connection is left to judge and the resets were written.
  *
  * The control thread speaks to a worker by mail: a function that runs inside it. It waits for the answer with a
  * deadline; a worker that does not answer for 10 s is stuck, and the command fails.
@@ -61,6 +62,12 @@ void timer_set(struct worker *w, struct timer *t, enum timer_kind kind, enum tim
         link_add(&w->timers[length], &t->link);
 }
 
+void timer_shorten(struct worker *w, struct timer *t, enum timer_kind kind, enum timer_length length)
+{
+        if (w->now_ms + lengths_ms[length] < t->due_ms)
+                timer_set(w, t, kind, length);
+}
+
 static void run_timers(struct worker *w)
 {
         for (int i = 0; i < TIMER_LENGTHS; i++) {
@@ -83,7 +90,7 @@ static void run_timers(struct worker *w)
 static int patience(const struct worker *w)
 {
         uint64_t next = w->now_ms + 1000;
-        if (!link_alone(&w->ready) || !link_alone(&w->dirty) || !link_alone(&w->unread))
+        if (!link_alone(&w->ready) || !link_alone(&w->dirty) || !link_alone(&w->unread) || !link_alone(&w->stale))
                 return 0;
         for (int i = 0; i < TIMER_LENGTHS; i++) {
                 if (link_alone(&w->timers[i]))
@@ -135,6 +142,7 @@ static void dispatch(struct worker *w, struct epoll_event *e)
                 uint64_t n;
                 if (read(io->fd, &n, sizeof(n)) < 0)
                         break; /* woken for what is there already */
+                w->woken = true;
                 break;
         }
         case IO_LISTENER:
@@ -163,7 +171,8 @@ static void *loop_run(void *arg)
         struct worker *w = arg;
         struct epoll_event events[256];
         while (!w->stop) {
-                int n = epoll_wait(w->epoll, events, 256, patience(w));
+                int n = epoll_wait(w->epoll, events, 256, w->woken ? 0 : patience(w));
+                w->woken = false;
                 w->now_ms = clock_ms();
                 w->view = mesh_view(w->engine->mesh, w->index);
                 if (w->generation != view_generation(w->view) || w->look_again) {
@@ -171,6 +180,7 @@ static void *loop_run(void *arg)
                         w->look_again = false;
                         conn_state_changed(w);
                 }
+                conn_review(w);
                 take_mail(w);
                 for (int i = 0; i < n; i++)
                         dispatch(w, &events[i]);
@@ -192,6 +202,10 @@ static void *loop_run(void *arg)
                                 break;
                 }
                 tun_flush_dirty(w);
+                if (w->in_force != w->generation && link_alone(&w->stale)) {
+                        w->in_force = w->generation;
+                        mesh_in_force(w->engine->mesh, w->index);
+                }
                 run_timers(w);
                 conn_free_dead(w);
                 tun_free_dead(w);
@@ -263,6 +277,7 @@ int loop_start(struct worker *w, struct tunnel *engine, unsigned index)
         }
         for (int i = 0; i < TIMER_LENGTHS; i++)
                 link_init(&w->timers[i]);
+        link_init(&w->stale);
         link_init(&w->held);
         link_init(&w->held_tuns);
         link_init(&w->ready);

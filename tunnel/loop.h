@@ -78,6 +78,9 @@ struct seat {
         struct pod *pod;
         struct listener *listeners[3];
         struct link flows, tuns;
+        /* Connections that were let in here, those of other pods of this node too; in the order of their epoch. */
+        struct link judged, stale; /* stale: some of them were judged by what is no longer so (worker.stale) */
+        uint64_t stamp, epoch;     /* of what decides about them; counts its changes */
 };
 
 struct worker {
@@ -87,10 +90,13 @@ struct worker {
         int epoll;
         struct io wake;
         bool stop;
+        bool woken; /* by what may have come after this turn took mail and state: another turn at once */
 
         const struct mesh_view *view;
         uint64_t generation; /* of view: when it changes, what waits is looked at again */
+        uint64_t in_force;   /* generation by which everything open was judged */
         bool look_again;
+        struct link stale; /* seats with connections to judge anew */
         struct event_worker *ev;
         uint64_t now_ms, random;
 
@@ -130,6 +136,8 @@ void loop_wake(struct worker *w);
 
 int loop_watch(struct worker *w, struct io *io);
 void timer_set(struct worker *w, struct timer *t, enum timer_kind kind, enum timer_length length);
+/* The same for a timer that runs, but never later than it was. */
+void timer_shorten(struct worker *w, struct timer *t, enum timer_kind kind, enum timer_length length);
 static inline void timer_stop(struct timer *t)
 {
         link_remove(&t->link);

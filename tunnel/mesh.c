@@ -10,7 +10,8 @@
  * it loads the newest view, both sequentially consistent: either the writer sees the announcement, or the reader sees
  * the view that the writer has just published.
  *
- * Only the writer allocates, frees or waits (mesh_sync, on a futex that adopting readers touch, at most MESH_SYNC_MS).
+ * Beside the generation that it uses a reader's cell has the one that it has put into force (mesh_in_force). Only the
+ * writer allocates, frees or waits (mesh_sync, on a futex that readers touch then, at most MESH_SYNC_MS).
  * A worker's mesh_view() is two loads when nothing is new. A batch costs what its records cost: a delta of one about 20
  * us, whatever the mesh's size. A set of endpoints is one shard, copied when one of them changes: 10 000 endpoints, 256
  * KiB.
@@ -35,14 +36,15 @@
 #define TRIM_BYTES (1u << 20)
 
 struct cell {
-        _Alignas(64) _Atomic uint64_t gen;
+        _Alignas(64) _Atomic uint64_t gen; /* in use */
+        _Atomic uint64_t forced;           /* in force */
 };
 
 struct mesh {
         _Atomic(struct mesh_view *) newest;
         struct cell *cells;
         unsigned readers;
-        _Atomic uint32_t adopted; /* futex: counts adoptions */
+        _Atomic uint32_t adopted; /* futex: counts views that came into force with a reader */
         _Atomic uint32_t waiting; /* the writer is in mesh_sync */
 
         /* The writer's. */
@@ -66,19 +68,27 @@ const struct mesh_view *mesh_view(struct mesh *m, unsigned reader)
 {
         _Atomic uint64_t *cell = &m->cells[reader].gen;
         uint64_t mine = atomic_load_explicit(cell, memory_order_relaxed);
-        if (mine == GEN_NONE)
+        if (mine == GEN_NONE) { /* waited for from now on */
+                atomic_store(&m->cells[reader].forced, 0);
                 atomic_store(cell, GEN_ALL);
-        const struct mesh_view *v = atomic_load(&m->newest);
-        if (v->gen != mine) {
-                atomic_store(cell, v->gen);
-                touch(m);
         }
+        const struct mesh_view *v = atomic_load(&m->newest);
+        if (v->gen != mine)
+                atomic_store(cell, v->gen);
         return v;
+}
+
+void mesh_in_force(struct mesh *m, unsigned reader)
+{
+        struct cell *c = &m->cells[reader];
+        atomic_store(&c->forced, atomic_load_explicit(&c->gen, memory_order_relaxed));
+        touch(m);
 }
 
 void mesh_leave(struct mesh *m, unsigned reader)
 {
         atomic_store(&m->cells[reader].gen, GEN_NONE);
+        atomic_store(&m->cells[reader].forced, GEN_NONE);
         touch(m);
 }
 
@@ -108,6 +118,7 @@ static void settings_free(struct view_settings *s)
         free(s->network);
         free(s->cluster_id);
         free(s->trust_domain);
+        free(s->root_namespace);
         free(s->cidrs);
         free(s);
 }
@@ -135,14 +146,18 @@ static void bury(struct mesh *m, const struct dead *d)
                 intern_drop(&m->names, e->service);
                 free(e);
                 break;
+        case DEAD_SCOPE:
+                intern_drop(&m->names, ((struct scope *)d->block)->namespace_);
+                free(d->block);
+                break;
         }
 }
 
-static uint64_t oldest_in_use(struct mesh *m)
+static uint64_t oldest(struct mesh *m, bool in_force)
 {
         uint64_t least = GEN_NONE;
         for (unsigned i = 0; i < m->readers; i++) {
-                uint64_t g = atomic_load(&m->cells[i].gen);
+                uint64_t g = atomic_load(in_force ? &m->cells[i].forced : &m->cells[i].gen);
                 if (g < least)
                         least = g;
         }
@@ -151,7 +166,7 @@ static uint64_t oldest_in_use(struct mesh *m)
 
 static void collect(struct mesh *m)
 {
-        uint64_t least = oldest_in_use(m);
+        uint64_t least = oldest(m, false);
         struct bin *b = &m->bin;
         while (b->head < b->len && b->queue[b->head].gen <= least)
                 bury(m, &b->queue[b->head++]);
@@ -190,11 +205,11 @@ int mesh_sync(struct mesh *m, void (*wake)(void *arg, unsigned reader), void *ar
         int r = 0;
         atomic_store(&m->waiting, 1);
         for (unsigned i = 0; i < m->readers; i++)
-                if (wake && atomic_load(&m->cells[i].gen) < gen)
+                if (wake && atomic_load(&m->cells[i].forced) < gen)
                         wake(arg, i);
         for (;;) {
                 uint32_t seen = atomic_load(&m->adopted);
-                if (oldest_in_use(m) >= gen)
+                if (oldest(m, true) >= gen)
                         break;
                 uint64_t now = now_ms();
                 if (now >= end) {
@@ -297,21 +312,85 @@ static void service_index(struct mesh *m, struct mesh_view *v, struct service_re
                 bin_add(&m->bin, s, DEAD_SERVICE);
 }
 
+/* ---- scopes ---- */
+
+static unsigned place_of(const struct policy_record *p)
+{
+        return p->dry_run ? 2 : p->deny ? 0 : 1;
+}
+
+static int order(const struct policy_record *a, const struct policy_record *b)
+{
+        return place_of(a) != place_of(b) ? (int)place_of(a) - (int)place_of(b) : strcmp(a->r.name, b->r.name);
+}
+
+/* A copy that belongs to this generation, with room for one more. */
+static struct scope *scope_writable(struct mesh *m, struct mesh_view *v, const char *ns)
+{
+        struct scope *s = (struct scope *)view_scope(v, ns), *n;
+        uint64_t hash = hash_text(v, ns);
+        if (s && s->gen == v->gen && s->n < s->cap)
+                return s;
+        unsigned cap = s && s->n >= 2 ? s->n + s->n / 2 : 4;
+        n = must_alloc(sizeof(*n) + cap * sizeof(n->items[0]));
+        if (s) {
+                memcpy(n, s, sizeof(*s) + s->n * sizeof(s->items[0]));
+                table_remove(&v->scopes, &m->bin, hash, s);
+                bin_add(&m->bin, s, DEAD_SCOPE);
+        }
+        n->namespace_ = intern(&m->names, ns, strlen(ns));
+        n->gen = v->gen;
+        n->cap = cap;
+        table_insert(&v->scopes, &m->bin, hash, n);
+        return n;
+}
+
+/* Where it is, or belongs. */
+static unsigned scope_find(const struct scope *s, const struct policy_record *p)
+{
+        unsigned low = 0, high = s->n;
+        while (low < high) {
+                unsigned middle = (low + high) / 2;
+                if (order(s->items[middle], p) < 0)
+                        low = middle + 1;
+                else
+                        high = middle;
+        }
+        return low;
+}
+
+static void scope_change(struct mesh *m, struct mesh_view *v, struct policy_record *p, bool add)
+{
+        struct scope *s = scope_writable(m, v, p->namespace_);
+        unsigned at = scope_find(s, p), *count = place_of(p) == 0 ? &s->ndeny : &s->nallow;
+        struct policy_record **here = &s->items[at];
+        if (add) {
+                memmove(here + 1, here, (s->n - at) * sizeof(*here));
+                *here = p;
+        } else {
+                memmove(here, here + 1, (s->n - at - 1) * sizeof(*here));
+        }
+        s->n += add ? 1 : -1u;
+        if (!p->dry_run)
+                *count += add ? 1 : -1u;
+        if (s->n == 0) {
+                table_remove(&v->scopes, &m->bin, hash_text(v, s->namespace_), s);
+                bin_add(&m->bin, s, DEAD_SCOPE);
+        }
+}
+
 static void policy_index(struct mesh *m, struct mesh_view *v, struct policy_record *p, bool add)
 {
-        uint64_t hash = hash_text(v, p->r.name), scope = hash_text(v, p->namespace_);
-        bool scoped = p->scope != POLICY_SELECTOR;
+        uint64_t hash = hash_text(v, p->r.name);
         v->npolicies += add ? 1 : -1;
-        if (add) {
+        if (add)
                 table_insert(&v->policies, &m->bin, hash, p);
-                if (scoped)
-                        table_insert(&v->scoped, &m->bin, scope, p);
-                return;
-        }
-        table_remove(&v->policies, &m->bin, hash, p);
-        if (scoped)
-                table_remove(&v->scoped, &m->bin, scope, p);
-        bin_add(&m->bin, p, DEAD_POLICY);
+        else
+                table_remove(&v->policies, &m->bin, hash, p);
+        if (p->scope != POLICY_SELECTOR)
+                scope_change(m, v, p, add);
+        if (!add)
+                bin_add(&m->bin, p, DEAD_POLICY);
 }
 
 /* ---- batches ---- */
@@ -439,12 +518,19 @@ static void apply_address(struct mesh *m, struct mesh_view *v, const struct batc
                 service_index(m, v, s, true);
 }
 
+/* One that cannot be decoded keeps its last good version, else a stand-in denies in its place. Its name then is what a
+ * line of the list of versions can hold: the server must hear that it is there. */
 static void apply_policy(struct mesh *m, struct mesh_view *v, const struct batch_record *r, struct report *report)
 {
         char name[NAME_MAX_LEN + 1];
         struct policy_record *p = NULL, *was;
+        struct bytes safe = {(const uint8_t *)name, r->name.len};
         memcpy(name, r->name.p, r->name.len);
         name[r->name.len] = 0;
+        if (record_check_name(r->name))
+                for (size_t i = 0; i < r->name.len; i++)
+                        if (name[i] <= ' ' || name[i] >= 0x7f)
+                                name[i] = '?';
         was = (struct policy_record *)view_policy(v, name);
         if (was)
                 was->r.seen = v->gen;
@@ -452,11 +538,14 @@ static void apply_policy(struct mesh *m, struct mesh_view *v, const struct batch
                 const char *bad = record_policy(&m->names, r->name, r->version, r->body, &p);
                 if (bad) {
                         reject(report, r->name, bad);
-                        return;
+                        if (was && (!was->undecodable || strcmp(was->undecodable, bad) == 0))
+                                return;
+                        p = record_stand_in(&m->names, safe, v->settings->root_namespace, bad);
                 }
                 p->r.seen = v->gen;
+                p->serial = ++m->next_record;
         }
-        if (p && was && same(&p->r, &was->r)) {
+        if (p && was && !p->undecodable && !was->undecodable && same(&p->r, &was->r)) {
                 record_free_policy(&m->names, p);
                 return;
         }
@@ -565,6 +654,7 @@ static struct view_settings *settings_new(const struct tunnel_settings *s)
         n->network = copy(s->network, "");
         n->cluster_id = copy(s->cluster_id, "Kubernetes");
         n->trust_domain = copy(s->trust_domain, "cluster.local");
+        n->root_namespace = copy(s->root_namespace, "istio-system");
         n->unknown_pass = s->unknown_pass;
         return n;
 }
@@ -599,8 +689,10 @@ int mesh_new(struct mesh **out, unsigned readers)
         if (!m->cells)
                 abort();
         m->readers = readers;
-        for (unsigned i = 0; i < readers; i++)
+        for (unsigned i = 0; i < readers; i++) {
                 atomic_init(&m->cells[i].gen, GEN_NONE);
+                atomic_init(&m->cells[i].forced, GEN_NONE);
+        }
         m->names.seed = hash_seed();
         m->decoder = decoder_new();
         v->gen = GEN_ALL + 1;

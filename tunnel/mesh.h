@@ -5,7 +5,7 @@
  * One writer (the control thread) builds, many workers read. mesh_apply() clones the touched shards and publishes a new
  * view; a worker adopts it with mesh_view() at the top of its loop and uses it until the next call. A connection copies
  * what it needs out of a view and holds no pointer into one across loop iterations. mesh_sync() returns once every
- * worker has moved on: then old views are freed.
+ * worker has said mesh_in_force(): it has moved on, and so have the connections that it had decided.
  */
 #ifndef SIDESTEP_MESH_H
 #define SIDESTEP_MESH_H
@@ -64,9 +64,9 @@ int mesh_settings(struct mesh *m, const struct tunnel_settings *s);
 /* Writer. One batch, all or nothing in framing; single records that cannot be decoded are reported as "name: reason\n".
  */
 int mesh_apply(struct mesh *m, const uint8_t *batch, size_t len, char *report, size_t report_len);
-/* Writer: waits until every reader has adopted the newest view (wake is called for each that has not, to get it out of
- * epoll), frees older ones. -ETIMEDOUT after MESH_SYNC_MS: a reader is stuck; the state is published all the same, and
- * what it may hold is kept. */
+/* Writer: waits until the newest view is in force with every reader (wake is called for each with which it is not, to
+ * get it out of epoll), frees older ones. -ETIMEDOUT after MESH_SYNC_MS: a reader is stuck; the state is published all
+ * the same, and what it may hold is kept. */
 #define MESH_SYNC_MS 10000
 int mesh_sync(struct mesh *m, void (*wake)(void *arg, unsigned reader), void *arg);
 /* Writer. "workloads", "services", "policies": a JSON array; "versions": lines "address NAME VERSION" and "policy NAME
@@ -79,6 +79,8 @@ void mesh_counts(struct mesh *m, struct mesh_counts *out); /* Writer. */
 
 /* Reader, worker (reader): adopts and returns the newest view. Never blocks, takes no lock. */
 const struct mesh_view *mesh_view(struct mesh *m, unsigned reader);
+/* The reader has put the view that it adopted last into force: nothing that it decided by an older one is left. */
+void mesh_in_force(struct mesh *m, unsigned reader);
 /* A reader that sleeps or ends holds no view. */
 void mesh_leave(struct mesh *m, unsigned reader);
 
@@ -90,10 +92,10 @@ void view_route(const struct mesh_view *v, const struct workload *src, const str
                 struct route *out);
 /* For inbound labels: the first service of the workload whose target port is this one. "" where none. */
 void view_inbound_service(const struct mesh_view *v, const struct workload *w, uint16_t port, struct route *out);
-/* Of policies that select the workload (named by its record, of its namespace, mesh-wide; no dry runs) the first one's
- * name, or NULL. A named one that is not held counts: a policy that is not known yet may deny. */
-const char *view_policy_for(const struct mesh_view *v, const struct workload *w);
-/* All policies that the record names (and the namespace and mesh-wide ones) have been received. */
-bool view_policies_known(const struct mesh_view *v, const struct workload *w);
+/* The first policy that the record names and that has not been received, NULL: none. */
+const char *view_policy_missing(const struct mesh_view *v, const struct workload *w);
+/* A number that changes when anything changes that decides about connections to this workload: its record, the policies
+ * that select it. namespace_: where it is looked for while there is no record. */
+uint64_t view_stamp(const struct mesh_view *v, const char *uid, const char *namespace_);
 
 #endif

@@ -39,6 +39,7 @@ struct pod {
         int fds[ROLES][8]; /* until the workers have taken them */
 
         atomic_int mode;
+        atomic_bool complete; /* once everything that decides about its connections was there */
         atomic_uint_least64_t connections, held, buffered, last_ms;
         pthread_mutex_t lock;
         struct tuple **tuples;
@@ -85,6 +86,7 @@ struct tunnel {
         struct worker workers[8];
         struct mesh *mesh;
         struct event *event;
+        struct denials *denials;
         struct link pods; /* control thread */
         struct link identities;
         char trust_domain[256];

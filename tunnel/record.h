@@ -65,11 +65,70 @@ struct service_record {
 
 enum policy_scope { POLICY_GLOBAL, POLICY_NAMESPACE, POLICY_SELECTOR };
 
+/* A policy as rbac.c reads it: rules are alternatives, the clauses of a rule must all hold, the matches of a clause are
+ * alternatives, the lists of a match must all hold. */
+struct policy_range {
+        uint32_t first, count;
+};
+
+struct policy_rule {
+        struct policy_range clauses;
+};
+
+struct policy_clause {
+        struct policy_range matches;
+};
+
+enum policy_text_kind { TEXT_EXACT, TEXT_PREFIX, TEXT_SUFFIX, TEXT_PRESENCE };
+
+struct policy_text {
+        const char *text;
+        uint32_t len;
+        enum policy_text_kind kind;
+};
+
+struct policy_net {
+        struct addr base, mask; /* base & mask == base */
+        uint8_t prefix;         /* in the mapped form */
+        bool v4;
+};
+
+struct policy_account {
+        const char *namespace_, *account;
+        uint32_t namespace_len, account_len;
+};
+
+/* In the order of the wire: each positive list, then its negation. */
+enum policy_list {
+        LIST_NAMESPACES,
+        LIST_PRINCIPALS = 2,
+        LIST_SOURCE_IPS = 4,
+        LIST_DESTINATION_IPS = 6,
+        LIST_PORTS = 8,
+        LIST_ACCOUNTS = 10,
+        LISTS = 12
+};
+
+struct policy_match {
+        struct policy_range lists[LISTS];
+};
+
 struct policy_record {
         struct record r;
-        const char *namespace_; /* interned; "" for mesh-wide ones, whatever namespace they live in */
+        const char *name, *home; /* as the body says: its name, and the namespace it lives in */
+        const char *namespace_;  /* interned; where it applies: "" for mesh-wide ones */
         enum policy_scope scope;
         bool deny, dry_run;
+        const char *undecodable; /* static reason: this stands for one that could not be decoded; else NULL */
+        uint64_t serial;         /* no two records have the same */
+        unsigned nrules;
+        const struct policy_rule *rules;
+        const struct policy_clause *clauses;
+        const struct policy_match *matches;
+        const struct policy_text *texts;
+        const struct policy_net *nets;
+        const uint16_t *ports;
+        const struct policy_account *accounts;
 };
 
 /* Room for decoding, kept between records. */
@@ -83,6 +142,10 @@ const char *record_address(struct decoder *d, struct interns *in, struct bytes n
                            struct bytes body, struct workload_record **workload, struct service_record **service);
 const char *record_policy(struct interns *in, struct bytes name, struct bytes version, struct bytes body,
                           struct policy_record **policy);
+/* Stands for a policy that could not be decoded, for the static reason: denies the namespace that its name begins with,
+ * everything where that is the root namespace or the name has none. */
+struct policy_record *record_stand_in(struct interns *in, struct bytes name, const char *root_namespace,
+                                      const char *reason);
 
 void record_free_workload(struct interns *in, struct workload_record *w);
 void record_free_service(struct interns *in, struct service_record *s);

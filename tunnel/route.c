@@ -52,6 +52,16 @@ const struct policy_record *view_policy(const struct mesh_view *v, const char *n
         return NULL;
 }
 
+const struct scope *view_scope(const struct mesh_view *v, const char *namespace_)
+{
+        uint32_t at = 0;
+        uint64_t hash = hash_text(v, namespace_);
+        for (struct scope *s; (s = table_next(&v->scopes, hash, &at)) != NULL;)
+                if (strcmp(s->namespace_, namespace_) == 0)
+                        return s;
+        return NULL;
+}
+
 const struct workload *view_workload(const struct mesh_view *v, const char *uid)
 {
         const struct workload_record *w = view_workload_record(v, uid);
@@ -436,31 +446,25 @@ void view_inbound_service(const struct mesh_view *v, const struct workload *w, u
 
 /* ---- policies ---- */
 
-static const char *scoped_policy(const struct mesh_view *v, const char *ns)
-{
-        uint64_t hash = hash_text(v, ns);
-        uint32_t at = 0;
-        for (struct policy_record *p; (p = table_next(&v->scoped, hash, &at)) != NULL;)
-                if (!p->dry_run && strcmp(p->namespace_, ns) == 0)
-                        return p->r.name;
-        return NULL;
-}
-
-const char *view_policy_for(const struct mesh_view *v, const struct workload *w)
-{
-        for (unsigned i = 0; i < w->npolicies; i++) {
-                const struct policy_record *p = view_policy(v, w->policies[i]);
-                if (!p || !p->dry_run)
-                        return w->policies[i];
-        }
-        const char *name = scoped_policy(v, w->namespace_);
-        return name ? name : scoped_policy(v, "");
-}
-
-bool view_policies_known(const struct mesh_view *v, const struct workload *w)
+const char *view_policy_missing(const struct mesh_view *v, const struct workload *w)
 {
         for (unsigned i = 0; i < w->npolicies; i++)
                 if (!view_policy(v, w->policies[i]))
-                        return false;
-        return true;
+                        return w->policies[i];
+        return NULL;
+}
+
+uint64_t view_stamp(const struct mesh_view *v, const char *uid, const char *namespace_)
+{
+        const struct workload *w = view_workload(v, uid);
+        const struct scope *near = view_scope(v, w ? w->namespace_ : namespace_), *mesh = view_scope(v, "");
+        /* Each number stands for one state of what it belongs to and is never used again. */
+        uint64_t parts[] = {w ? w->record : 0, near ? near->gen : 0, mesh ? mesh->gen : 0};
+        uint64_t stamp = hash_bytes(parts, sizeof(parts), v->seed);
+        for (unsigned i = 0; w && i < w->npolicies; i++) {
+                const struct policy_record *p = view_policy(v, w->policies[i]);
+                uint64_t serial = p ? p->serial : 0;
+                stamp = hash_bytes(&serial, sizeof(serial), stamp);
+        }
+        return stamp;
 }

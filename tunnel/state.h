@@ -12,7 +12,7 @@ struct cidr {
 };
 
 struct view_settings {
-        char *network, *cluster_id, *trust_domain;
+        char *network, *cluster_id, *trust_domain, *root_namespace;
         struct cidr *cidrs; /* of the cluster */
         unsigned ncidrs;
         bool unknown_pass;
@@ -26,6 +26,16 @@ struct endpoints {
         struct shard *set;     /* of struct workload_record, by uid */
 };
 
+/* The policies that apply to a namespace, or to the whole mesh, without being named. */
+struct scope {
+        uint64_t gen;           /* it is as it was made in this generation */
+        const char *namespace_; /* interned; "" for the mesh */
+        unsigned n, cap;
+        unsigned ndeny,
+                nallow; /* enforced ones: first those that deny, then those that allow, then dry runs; by name */
+        struct policy_record *items[];
+};
+
 struct mesh_view {
         uint64_t gen, seed;
         const struct view_settings *settings;
@@ -37,7 +47,7 @@ struct mesh_view {
         struct table vips;      /* service_record by hash_vip(network, masked address, prefix) */
         struct table endpoints; /* by "namespace/hostname" */
         struct table policies;  /* by name */
-        struct table scoped;    /* policy_record that select without being named, by namespace, "" for mesh-wide */
+        struct table scopes;    /* struct scope by namespace, "" for the mesh */
 };
 
 static inline uint64_t hash_text(const struct mesh_view *v, const char *s)
@@ -73,5 +83,6 @@ const struct mesh_view *mesh_newest(struct mesh *m);
 const struct workload_record *view_workload_record(const struct mesh_view *v, const char *uid);
 const struct service_record *view_service(const struct mesh_view *v, const char *key);
 const struct policy_record *view_policy(const struct mesh_view *v, const char *name);
+const struct scope *view_scope(const struct mesh_view *v, const char *namespace_); /* NULL: no policies */
 
 #endif

@@ -119,6 +119,14 @@ static int64_t not_after(const X509 *cert)
         return ASN1_TIME_to_tm(X509_get0_notAfter(cert), &tm) == 1 ? (int64_t)timegm(&tm) : 0;
 }
 
+/* SHA-256 of the certificate; nothing else has the digest of zeros that a failure leaves. */
+static void digest(const X509 *cert, uint8_t out[TLS_DIGEST])
+{
+        unsigned n = 0;
+        memset(out, 0, TLS_DIGEST);
+        X509_digest(cert, EVP_sha256(), out, &n);
+}
+
 static int select_h2(SSL *ssl, const unsigned char **out, unsigned char *outlen, const unsigned char *in,
                      unsigned int inlen, void *arg)
 {
@@ -184,12 +192,9 @@ int identity_new(struct identity **out, const char *uri, const char *key_pem, co
         spiffe_trust_domain(uri, i->trust_domain, sizeof(i->trust_domain));
         i->not_after_s = INT64_MAX;
         for (int n = 0; n < sk_X509_num(chain); n++) {
-                X509 *cert = sk_X509_value(chain, n);
-                int64_t end = not_after(cert);
+                int64_t end = not_after(sk_X509_value(chain, n));
                 if (end < i->not_after_s)
                         i->not_after_s = end;
-                if (n > 0 && SSL_CTX_add1_chain_cert(i->ctx, cert) != 1)
-                        goto out;
         }
         result = -EKEYEXPIRED;
         if (i->not_after_s <= (int64_t)time(NULL))
@@ -197,9 +202,18 @@ int identity_new(struct identity **out, const char *uri, const char *key_pem, co
         result = -EKEYREJECTED;
         if (SSL_CTX_use_certificate(i->ctx, leaf) != 1 || SSL_CTX_use_PrivateKey(i->ctx, key) != 1)
                 goto out;
-        for (int n = 0; n < sk_X509_num(roots); n++)
+        for (int n = 1; n < sk_X509_num(chain); n++) /* after the leaf: they go to the key that was set last */
+                if (SSL_CTX_add1_chain_cert(i->ctx, sk_X509_value(chain, n)) != 1)
+                        goto out;
+        i->roots = calloc((size_t)sk_X509_num(roots), sizeof(*i->roots));
+        result = -ENOMEM;
+        if (!i->roots)
+                goto out;
+        for (int n = 0; n < sk_X509_num(roots); n++) {
                 X509_STORE_add_cert(SSL_CTX_get_cert_store(i->ctx),
                                     sk_X509_value(roots, n)); /* twice the same is no error */
+                digest(sk_X509_value(roots, n), i->roots[i->nroots++]);
+        }
         BIGNUM *serial = ASN1_INTEGER_to_BN(X509_get0_serialNumber(leaf), NULL);
         char *digits = serial ? BN_bn2dec(serial) : NULL;
         snprintf(i->serial, sizeof(i->serial), "%s", digits ? digits : "");
@@ -216,6 +230,7 @@ out:
         sk_X509_pop_free(roots, X509_free);
         if (i) {
                 SSL_CTX_free(i->ctx);
+                free(i->roots);
                 free(i->uri);
                 free(i);
         }
@@ -233,8 +248,17 @@ void identity_unref(struct identity *i)
         if (!i || atomic_fetch_sub(&i->refs, 1) != 1)
                 return;
         SSL_CTX_free(i->ctx);
+        free(i->roots);
         free(i->uri);
         free(i);
+}
+
+bool identity_trusts(const struct identity *i, const uint8_t root[TLS_DIGEST])
+{
+        for (unsigned n = 0; n < i->nroots; n++)
+                if (memcmp(i->roots[n], root, TLS_DIGEST) == 0)
+                        return true;
+        return false;
 }
 
 int tls_open(struct tls *t, struct identity *i, bool server)
@@ -274,7 +298,7 @@ int tls_handshake(struct tls *t)
         return SSL_get_error(t->ssl, n) == SSL_ERROR_WANT_READ ? 0 : -1;
 }
 
-const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s)
+const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s, uint8_t root[TLS_DIGEST])
 {
         const unsigned char *alpn;
         unsigned int n;
@@ -291,6 +315,7 @@ const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s)
                 if (end < *not_after_s)
                         *not_after_s = end;
         }
+        digest(sk_X509_value(chain, sk_X509_num(chain) - 1), root);
         return spiffe_of(cert, uri);
 }
 

@@ -8,6 +8,7 @@
 #include "buf.h"
 
 #define TLS_URI_MAX 512
+#define TLS_DIGEST 32
 
 /* One identity with one certificate; immutable, counted. A renewed certificate is a new one. */
 struct identity {
@@ -17,6 +18,8 @@ struct identity {
         char trust_domain[256];
         char serial[64];
         int64_t not_after_s;
+        unsigned nroots;
+        uint8_t (*roots)[TLS_DIGEST]; /* of each root that it trusts */
 };
 
 struct tls {
@@ -30,14 +33,15 @@ int identity_new(struct identity **out, const char *uri, const char *key_pem, co
                  const char *roots_pem);
 struct identity *identity_ref(struct identity *i);
 void identity_unref(struct identity *i);
+bool identity_trusts(const struct identity *i, const uint8_t root[TLS_DIGEST]);
 
 int tls_open(struct tls *t, struct identity *i, bool server);
 void tls_close(struct tls *t);
 /* 1: done; 0: needs more bytes; -1: failed (tls_error). Output may be waiting in every case. */
 int tls_handshake(struct tls *t);
 /* After the handshake: ALPN h2, exactly one SPIFFE identity in the peer's certificate, which is copied; not_after_s:
- * earliest end of the verified chain. NULL, or what is wrong. */
-const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s);
+ * earliest end of the verified chain; root: digest of the certificate that it ends with. NULL, or what is wrong. */
+const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s, uint8_t root[TLS_DIGEST]);
 /* > 0: bytes of plaintext; 0: none now; -1: the peer ended in order; -2: failed. */
 int tls_read(struct tls *t, void *plain, int n);
 /* One record of at most 16 KiB into out. -1: failed. *key_updates is counted up. */

@@ -26,6 +26,8 @@ struct tunnel_settings {
         const char *network;      /* own network, "" by default */
         const char *cluster_id;   /* "Kubernetes" by default */
         const char *trust_domain; /* "cluster.local" by default */
+        const char
+                *root_namespace; /* policies of it that cannot be decoded deny everything; "istio-system" by default */
         const char *node;
         const char *cluster_cidrs; /* comma separated, both families */
         int same_node_mtls;        /* 0: direct between two pods of this engine, 1: mutual TLS there too */
@@ -84,10 +86,16 @@ int tunnel_identity_del(struct tunnel *t, const char *identity);
  * always terminated). -EPERM: seals missing; -EBADMSG: the framing is wrong, nothing was applied. */
 int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len);
 
+/* What would be decided about a connection, by the function that decides, on the newest state: a JSON object
+ * (docs/interfaces.md, AUTHZ). identity "" for none; source "IP" or "IP:PORT", destination "IP:PORT", IPv6 with a port
+ * in brackets. -EINVAL: one of them is not that; -EMSGSIZE: the answer does not fit. */
+int tunnel_authz(struct tunnel *t, const char *identity, const char *source, const char *destination, char *out,
+                 size_t out_len);
+
 void tunnel_counts(struct tunnel *t, struct tunnel_counts *out);
 
 /* Writes into an fd: Prometheus text; JSON array of "connections", "tunnels", "pods", "workloads", "services",
- * "policies", "identities"; "versions": lines "kind name version". */
+ * "policies", "identities", "denials"; "versions": lines "kind name version". */
 int tunnel_metrics(struct tunnel *t, int fd);
 int tunnel_dump(struct tunnel *t, const char *what, int fd);
 const char *tunnel_openssl_version(void);

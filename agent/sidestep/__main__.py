@@ -23,6 +23,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "services": ("sidestep.cli.show", "the services that the engine knows"),
     "certificates": ("sidestep.cli.show", "identities on the nodes and when their certificates end"),
     "connections": ("sidestep.cli.show", "open connections through the mesh"),
+    "policies": ("sidestep.cli.policies", "the policies of the mesh, and what of them is not enforced"),
+    "authz": ("sidestep.cli.authz", "may one workload connect to another, and which policy says so?"),
+    "describe": ("sidestep.cli.describe", "everything about a pod on one page"),
     "version": ("sidestep.cli.version", "versions of sidestep, its engine and libraries"),
 }
 

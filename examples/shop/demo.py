@@ -238,8 +238,8 @@ def play(shop: Shop) -> None:
             f"{sum(flow.syn for flow in tunnels)} tunnels, each TLS 1.3 to port {HBONE_PORT}, carried "
             f"{tls_bytes(tunnels)} bytes; nothing else was opened; not one word readable"
         )
-        table("certificates")
-        table("connections")
+        table(shop, "certificates")
+        table(shop, "connections")
 
         step("e", f"kubectl label namespace shop {LABEL}-")
         shop.label(None)
@@ -256,8 +256,9 @@ def read_aloud_quietly(flows: list[Flow]) -> list[bytes]:
     return [word for word in WORDS if any(word in flow.fragments() for flow in flows)]
 
 
-def table(noun: str, rows: int = 9) -> None:
-    lines = sidestep(noun).splitlines()
+def table(shop: Shop, noun: str, rows: int = 9) -> None:
+    """The first lines of what a noun prints about this lab; there may be others on the machine."""
+    lines = sidestep(noun, "--lab", shop.name).splitlines()
     say(f"    {DIM}$ sidestep {noun}{PLAIN}")
     for line in lines[:rows]:
         say(f"    {line[:150]}")

@@ -1,7 +1,8 @@
 """`python -m tests.bench.micro`: the engine and the capture alone, against the same namespaces without them.
 
 Two nodes of tests/harness/cluster.py, no lab, no agent: minutes become seconds. Plain and mesh take turns within each
-row, so that what else the machine does meets both; shares are medians of the rounds' own shares.
+row, so that what else the machine does meets both; shares are medians of the rounds' own shares. What policy costs
+comes last (tests/bench/policies.py), or alone: `--only policies`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.bench import policies
 from tests.bench.load import ROOT, ROWS, LoadError, Row, Sample, build, measure, process_s
 from tests.harness.cluster import Nodes, Pod
 from tests.harness.netns import run
@@ -81,9 +83,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
-    parser.add_argument("--only", choices=("across", "local"), help="only across nodes, or on one node")
+    parser.add_argument(
+        "--only", choices=("across", "local", "policies"), help="only across nodes, on one node, policy"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "results/micro.json")
     options = parser.parse_args()
+    results = []
+    if options.only != "policies":
+        results += rows(options)
+    if options.only in (None, "policies"):
+        results += [*policies.decisions(), *policies.alone()]
+    options.json.parent.mkdir(exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=1))
+
+
+def rows(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Every row, plain and through the mesh."""
     results = []
     with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name:
         places = {"client": 0, "server": 1, "near": 0}
@@ -106,8 +121,7 @@ def main() -> None:
                     for row in ROWS:
                         if options.rows in row.name:
                             results.append(one(row, place, server, mesh, plain, engines, options))
-    options.json.parent.mkdir(exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=1))
+    return results
 
 
 def one(

@@ -15,7 +15,7 @@ import yaml
 
 from sidestep.lab import podspec
 from sidestep.lab.down import leftovers
-from tests.harness.lab import SIDESTEP, Lab, eventually
+from tests.harness.lab import SIDESTEP, Lab, eventually, everything_of, host_rules
 
 PYTHON = "/usr/bin/python3"
 ECHO = """
@@ -191,6 +191,69 @@ def test_readiness_follows_the_probe_into_endpoints(yard: Lab) -> None:
     eventually("ready again", endpoints)
 
 
+# Answers the probe with what stands in /data/status: a status and a body, or "hang"; anybody else gets 400.
+PROBED = """
+import http.server, pathlib, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        status, _, body = pathlib.Path("/data/status").read_text().strip().partition(" ")
+        if (self.path, self.headers["X-Probe"]) != ("/ready?now", "yes"): status, body = "400", "not the probe"
+        if status == "hang": time.sleep(30)
+        self.send_response(int(status)); self.end_headers(); self.wfile.write(body.encode())
+    def log_message(self, *what): pass
+class Server(http.server.ThreadingHTTPServer):
+    address_family = __import__("socket").AF_INET6
+Server(("::", 8080), Handler).serve_forever()
+"""
+
+
+def probed(name: str, namespace: str, probe: dict[str, Any], *command: str) -> dict[str, Any]:
+    container = {
+        "command": list(command),
+        "readinessProbe": {"periodSeconds": 1, "failureThreshold": 1, **probe},
+        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+    }
+    return pod(name, "node1", container, namespace=namespace, volumes=[{"name": "data", "emptyDir": {}}])
+
+
+def unready(lab: Lab, name: str, why: str) -> bool:
+    """The pod is not ready and says why."""
+    return not lab.ready(name) and why in str(lab.pod(name)["status"].get("message") or "")
+
+
+@pytest.mark.parametrize(("place", "namespace"), [("yard", "yard"), ("mesh", "world")])
+def test_probes_by_http_and_by_command(request: pytest.FixtureRequest, place: str, namespace: str) -> None:
+    """On a node without the mesh, and of pods that are in it."""
+    lab: Lab = request.getfixturevalue(place)
+    if place == "mesh":
+        lab.enrol(namespace)
+    headers = [{"name": "X-Probe", "value": "yes"}]
+    http = {"httpGet": {"path": "/ready?now", "port": 8080, "httpHeaders": headers}}
+    command = {"exec": {"command": ["sh", "-c", "cat /data/why; test -e /data/ready"]}}
+    web, asked = f"{namespace}/by-http", f"{namespace}/by-command"
+    start = f"echo 503 opens at nine >/data/status; exec {PYTHON} -c '{PROBED}'"
+    lab.apply(
+        probed("by-http", namespace, http, "sh", "-c", start),
+        probed("by-command", namespace, command, "sh", "-c", "echo closed >/data/why; exec sleep infinity"),
+    )
+    try:
+        eventually("503", lambda: unready(lab, web, "HTTP status 503: opens at nine"))
+        eventually("status 1", lambda: unready(lab, asked, "status 1: closed"))
+        if place == "mesh":
+            eventually("both are enrolled", lambda: {"by-http", "by-command"} <= lab.enrolled(namespace))
+        for answer, ready in (("200", True), ("404 gone", False), ("302", True), ("hang", False), ("399", True)):
+            lab.exec(web, "sh", "-c", f"echo {answer} >/data/status.new; mv /data/status.new /data/status")
+            eventually(answer, lambda ready=ready: lab.ready(web) is ready)  # type: ignore[misc]
+            if answer == "hang":
+                eventually("its time is over", lambda: unready(lab, web, "no answer within 1 s"))
+        for words, ready in (("touch /data/ready", True), ("rm /data/ready", False)):
+            lab.exec(asked, "sh", "-c", words)
+            eventually(words, lambda ready=ready: lab.ready(asked) is ready)  # type: ignore[misc]
+    finally:
+        lab.delete_pod(web)
+        lab.delete_pod(asked)
+
+
 def test_restart_policy(yard: Lab) -> None:
     yard.apply(
         pod("fails", "node1", {"command": ["sh", "-c", "exit 3"]}, restartPolicy="Always"),
@@ -334,26 +397,6 @@ def test_a_killed_kubelet_part_finds_its_pods_again(yard: Lab) -> None:
     yard.delete_pod("yard/after")
 
 
-def everything_of(name: str) -> list[str]:
-    """What is there of a lab, looked for without the lab's own means."""
-    found = [
-        line for line in subprocess.check_output(["ip", "netns"], text=True).split() if line.startswith(f"{name}-")
-    ]
-    found += [name for name in os.listdir("/sys/class/net") if name == f"{name}-api"]
-    found += [line for line in Path("/proc/mounts").read_text().splitlines() if f"/lab/{name}" in line]
-    found += [str(path) for path in Path("/sys/fs/bpf").glob(f"sidestep-{name}-*")]
-    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/sidestep-lab-{name}")]
-    found += [str(path) for path in Path("/run/sidestep/lab").glob(f"{name}*")]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if any(f"/lab/{name}/" in word for word in words) or ("sidestep.lab.dns" in words and name in words):
-            found.append(" ".join(words))
-    return found
-
-
 SMALL = yaml.safe_dump_all([YARD[0], pod("one", "node1", {})])
 
 
@@ -446,6 +489,54 @@ def test_up_that_ends_half_way_leaves_nothing(tmp_path: Path, after: float, numb
         subprocess.run([SIDESTEP, "lab", "down", "--name", name], check=True, timeout=60)
     assert everything_of(name) == []
     assert list(leftovers(name)) == []
+
+
+def captured(name: str) -> bool:
+    """A pod of the lab has programs: its pins are there."""
+    return any(Path("/sys/fs/bpf").glob(f"sidestep-{name}-node1/*/*-*-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        ("starting the API", signal.SIGKILL),
+        ("starting the API", signal.SIGTERM),
+        ("waiting for the agents", signal.SIGKILL),
+        ("waiting for the agents", signal.SIGTERM),
+        ("applying", signal.SIGKILL),
+        ("a pod is captured", signal.SIGKILL),
+        ("a pod is captured", signal.SIGTERM),  # by then all is made, and the lab stays to be looked at
+    ],
+)
+def test_up_of_a_mesh_that_ends_half_way_leaves_nothing(tmp_path: Path, words: str, number: signal.Signals) -> None:
+    """At each step: before there is an agent, while it starts, and with programs in a pod."""
+    manifest = tmp_path / "small.yaml"
+    namespace = {"apiVersion": "v1", "kind": "Namespace",
+                 "metadata": {"name": "yard", "labels": {"istio.io/dataplane-mode": "ambient"}}}  # fmt: skip
+    slow = {"readinessProbe": {"exec": {"command": ["false"]}}}  # `up` waits for it until it is killed
+    manifest.write_text(yaml.safe_dump_all([namespace, pod("one", "node1", slow)]))
+    name, before = f"k{os.getpid() % 10000}", host_rules()
+    command = [SIDESTEP, "lab", "up", "--name", name, "--nodes", "1", "-f", str(manifest)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        try:
+            seen = "waiting for the pods" if words == "a pod is captured" else words
+            assert any(seen in line for line in up.stdout)
+            if words == "a pod is captured":
+                eventually(words, lambda: captured(name))
+            assert everything_of(name) != []
+        finally:
+            up.send_signal(number)
+            up.communicate(timeout=60)
+    down = [SIDESTEP, "lab", "down", "--name", name]
+    try:
+        if number == signal.SIGTERM and words != "a pod is captured":
+            assert everything_of(name) == []
+    finally:
+        subprocess.run(down, check=True, timeout=60)
+    assert everything_of(name) == []
+    assert list(leftovers(name)) == []
+    assert [line for line in host_rules() if line not in before and f"{name}-" in line] == []
 
 
 # -- what a user may do wrong ------------------------------------------------------------------------------------------

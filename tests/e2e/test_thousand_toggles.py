@@ -32,7 +32,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     manifest.write_text(yaml.safe_dump_all([namespace, *pod("one", "node1", ["sleep", "infinity"], namespace="idle")]))
     lab = Lab(f"t{os.getpid() % 10000}", nodes=1)
     try:
-        lab.command("up", "--nodes", "1", "--agent-arg=--drain-quiet-s=0", "-f", str(manifest), timeout=240)
+        lab.up(manifest, options=["--agent-arg=--drain-quiet-s=0"])
         yield lab
     finally:
         lab.down()
@@ -78,7 +78,7 @@ def left(lab: Lab, pids: dict[str, int]) -> dict[str, Any]:
         found[f"routes {family}"] = shown(*enter, "ip", family, "route", "show", "table", "all")
     found["filters"] = [
         shown(*enter, "tc", "filter", "show", "dev", device, way)
-        for device, way in (("eth0", "egress"), ("lo", "egress"), ("lo", "ingress"))
+        for device, way in (("eth0", "egress"), ("eth0", "ingress"), ("lo", "egress"), ("lo", "ingress"))
     ]
     found["sockets"] = shown(*enter, "ss", "-Htan")
     return found

@@ -249,3 +249,7 @@ class Nodes:
     def publish(self) -> None:
         """Every pod's record, to both engines."""
         self.apply(*(self.record(pod) for pod in self.pods.values()))
+
+    def retire_tunnels(self, name: str) -> None:
+        """The pod's record changes: no tunnel to it is used again."""
+        self.apply(self.record(self[name], canonical_revision=os.urandom(4).hex()))

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from sidestep.kube.client import KubeClient, KubeError
-from sidestep.wire.pb import citadel_pb2, discovery_pb2, workload_pb2
+from sidestep.wire.pb import authorization_pb2, citadel_pb2, discovery_pb2, workload_pb2
 
 ADDRESS = "type.googleapis.com/istio.workload.Address"
 AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
@@ -245,7 +245,7 @@ def bearer(text: str) -> tuple[tuple[str, str], ...]:
 
 
 class Follower:
-    """One xDS stream. `addresses` is what it holds, by name."""
+    """One xDS stream. `addresses` and `policies` are what it holds, by name."""
 
     def __init__(self, on: grpc.aio.Channel, headers: tuple[tuple[str, str], ...]) -> None:
         call = on.stream_stream(
@@ -255,6 +255,7 @@ class Follower:
         )
         self.call: Any = call(None, metadata=headers)
         self.addresses: dict[str, Any] = {}
+        self.policies: dict[str, Any] = {}
         self.versions: dict[str, str] = {}
         self.pushes: list[Any] = []
 
@@ -272,12 +273,14 @@ class Follower:
         assert response is not grpc.aio.EOF, "the stream ended"  # type: ignore[attr-defined]
         self.pushes.append(response)
         for name in response.removed_resources:
-            self.addresses.pop(name, None)
-            self.versions.pop(name, None)
+            for held in (self.addresses, self.policies, self.versions):
+                held.pop(name, None)
         for each in response.resources:
             self.versions[each.name] = each.version
             if response.type_url == ADDRESS:
                 self.addresses[each.name] = workload_pb2.Address.FromString(each.resource.value)
+            else:
+                self.policies[each.name] = authorization_pb2.Authorization.FromString(each.resource.value)
         if answer:
             status = discovery_pb2.Status(message=error) if error else None
             await self.ask(response.type_url, response_nonce=response.nonce, error_detail=status)
@@ -286,6 +289,11 @@ class Follower:
     async def until(self, holds: Any) -> None:
         """Takes responses until a condition on `addresses` holds."""
         while not holds(self.addresses):
+            await self.take()
+
+    async def ruled(self, holds: Any) -> None:
+        """Takes responses until a condition on `policies` holds."""
+        while not holds(self.policies):
             await self.take()
 
 

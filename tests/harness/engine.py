@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.wire import batch, channel
+from tests.harness import sanitized
 
 START_S = 20.0
 CALL_S = 60.0
@@ -152,14 +153,16 @@ class EngineProcess:
         self.folder.mkdir(mode=0o700)
         self.path = self.folder / "engine.sock"
         self.log = self.folder / "log"
-        command = [sys.executable, "-m", "sidestep", "engine", "--socket", str(self.path), "--workers", str(workers)]
+        command = [sys.executable, *sanitized.host(), "engine", "--socket", str(self.path), "--workers", str(workers)]
         command += arguments
         if supervised:
             command = [str(SUPERVISE), *command]
         if netns is not None:
             command = ["nsenter", f"--net={netns}", "--", *command]
         with self.log.open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=sanitized.environment()
+            )
 
     def __enter__(self) -> "EngineProcess":
         try:
@@ -192,8 +195,16 @@ class EngineProcess:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(20)
+            status = self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
             raise AssertionError(f"the engine did not end: {self.log.read_text()}") from None
+        sanitized.check(self.log.read_text(errors="replace"))
+        return status
+
+
+def opened(metrics: str, reporter: str) -> int:
+    """Connections that a node has opened as "source" or "destination", over all labels."""
+    start = f'istio_tcp_connections_opened_total{{reporter="{reporter}"'
+    return sum(int(float(line.rsplit(" ", 1)[1])) for line in metrics.splitlines() if line.startswith(start))

@@ -53,6 +53,7 @@ def bodies() -> list[tuple[int, dict[str, object]]]:
         (channel.METRICS, {}),
         (channel.DUMP, {"what": "workloads"}),
         (channel.POD_STATS, {"uid": "1b4e28ba-2fa1-11d2-883f-0016d3cca427"}),
+        (channel.AUTHZ, {"identity": uri, "source": "10.0.0.2:1", "destination": "[fd00::1]:80"}),
     ]
 
 

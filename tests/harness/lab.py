@@ -3,10 +3,11 @@
 import asyncio
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +44,36 @@ def eventually(what: str, question: Callable[[], T], seconds: float = 60) -> T:
         time.sleep(0.1)
 
 
+def everything_of(name: str) -> list[str]:
+    """What is there of a lab, looked for without the lab's own means."""
+    found = [
+        line for line in subprocess.check_output(["ip", "netns"], text=True).split() if line.startswith(f"{name}-")
+    ]
+    found += [each for each in os.listdir("/sys/class/net") if each == f"{name}-api"]
+    found += [line for line in host_rules() if f"{name}-" in line]
+    found += [line for line in Path("/proc/mounts").read_text().splitlines() if f"/lab/{name}" in line]
+    found += [str(path) for path in Path("/sys/fs/bpf").glob(f"sidestep-{name}-*")]
+    # os.walk, for cgroups of others come and go meanwhile
+    found += [path for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith(f"/sidestep-lab-{name}")]
+    found += [str(path) for path in Path("/run/sidestep/lab").glob(f"{name}*")]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if any(f"/lab/{name}/" in word for word in words) or ("sidestep.lab.dns" in words and name in words):
+            found.append(" ".join(words))
+    return found
+
+
+def host_rules() -> list[str]:
+    """Rules, packet filters and routes of this machine's own namespace, one a line; a lab has no business with any but
+    the route to its API."""
+    asked = (["ip", "-4", "rule"], ["ip", "-6", "rule"], ["nft", "list", "ruleset"],
+             ["ip", "-4", "route", "show", "table", "all"], ["ip", "-6", "route", "show", "table", "all"])  # fmt: skip
+    return [line for words in asked for line in subprocess.check_output(words, text=True).splitlines()]
+
+
 async def _create(path: str, item: dict[str, Any], client: KubeClient) -> Any:
     return await client.create(path, item)
 
@@ -63,12 +94,12 @@ class Lab:
         assert not check or done.returncode == 0, f"lab {' '.join(args)}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done
 
-    def up(self, *manifests: Path) -> None:
-        """Brings it up with these manifests; every pod is ready afterwards."""
-        options = ["--nodes", str(self.nodes), *(["--plain"] if self.plain else [])]
+    def up(self, *manifests: Path, options: Sequence[str] = ()) -> None:
+        """Brings it up with these manifests and further options; every pod is ready afterwards."""
+        words = ["--nodes", str(self.nodes), *(["--plain"] if self.plain else []), *options]
         for manifest in manifests:
-            options += ["-f", str(manifest)]
-        self.command("up", *options, timeout=240)
+            words += ["-f", str(manifest)]
+        self.command("up", *words, timeout=240)
 
     def down(self) -> None:
         """Takes it down."""
@@ -124,12 +155,20 @@ class Lab:
 
     def apply(self, *objects: dict[str, Any]) -> None:
         """Creates objects; the path is found from kind and namespace."""
-        paths = {"Pod": "pods", "Service": "services", "ServiceAccount": "serviceaccounts", "ConfigMap": "configmaps"}
+        paths = {
+            "Pod": "pods",
+            "Service": "services",
+            "ServiceAccount": "serviceaccounts",
+            "ConfigMap": "configmaps",
+            "AuthorizationPolicy": "authorizationpolicies",
+            "PeerAuthentication": "peerauthentications",
+        }
         for item in objects:
+            api = "/api/v1" if "/" not in item["apiVersion"] else f"/apis/{item['apiVersion']}"
             if item["kind"] == "Namespace":
                 path = "/api/v1/namespaces"
             else:
-                path = f"/api/v1/namespaces/{item['metadata']['namespace']}/{paths[item['kind']]}"
+                path = f"{api}/namespaces/{item['metadata']['namespace']}/{paths[item['kind']]}"
             self.ask(functools.partial(_create, path, item))
 
     def netns(self, pod: str) -> str:
@@ -153,12 +192,17 @@ class Lab:
         self.ask(lambda client: client.delete(f"/api/v1/namespaces/{namespace}/pods/{name}"))
         eventually(f"{pod} gone", lambda: name not in [item["metadata"]["name"] for item in self.pods(namespace)])
 
-    def counter(self, name: str, node: str = "node1") -> float:
-        """A metric of a node's agent and engine, summed over its labels."""
-        page = self.command("exec", "--node", node, "--", "curl", "-sS", "http://localhost:15020/metrics").stdout
-        return sum(
-            float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith((f"{name}{{", f"{name} "))
-        )
+    def page(self, port: int, path: str, node: str = "node1") -> tuple[int, str]:
+        """A page of a node's agent, asked for on the node: status and text."""
+        asked = ("curl", "-sS", "-w", "\n%{http_code}", f"http://localhost:{port}{path}")
+        text, _, status = self.command("exec", "--node", node, "--", *asked).stdout.rpartition("\n")
+        return int(status), text
+
+    def counter(self, name: str, node: str = "node1", label: str = "") -> float:
+        """A metric of a node's agent and engine, summed over its labels; only samples with `label` in their text."""
+        lines = self.page(15020, "/metrics", node)[1].splitlines()
+        mine = [line for line in lines if line.startswith((f"{name}{{", f"{name} ")) and label in line]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in mine)
 
     # -- the mesh ----------------------------------------------------------------------------------------------------
     def label(self, namespace: str, value: str | None) -> None:

@@ -42,6 +42,26 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
         self.roots = self._certificate.public_bytes(serialization.Encoding.PEM).decode()
+        self.between = ""  # what comes between a leaf and the root
+
+    def intermediate(self) -> "Authority":
+        """An authority that this one vouches for: its leaves bring its certificate along, the root is this one's."""
+        below = Authority("test intermediate")
+        now = datetime.now(UTC)
+        below._certificate = (
+            x509.CertificateBuilder()
+            .subject_name(below._certificate.subject)
+            .issuer_name(self._certificate.subject)
+            .public_key(below._key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=2))
+            .not_valid_after(now + timedelta(days=10))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        below.between = below._certificate.public_bytes(serialization.Encoding.PEM).decode()
+        below.roots = self.roots
+        return below
 
     def leaf(
         self,
@@ -74,6 +94,28 @@ class Authority:
             key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             ).decode(),
-            certificate.public_bytes(serialization.Encoding.PEM).decode(),
+            certificate.public_bytes(serialization.Encoding.PEM).decode() + self.between,
             self.roots,
         )
+
+
+BAD = ("other trust domain", "other account", "expired", "no SPIFFE SAN", "two SANs", "self-signed", "other root")
+
+
+def bad_leaf(authority: Authority, kind: str, identity: str) -> Leaf:
+    """A leaf that is wrong in one way."""
+    good = authority.leaf(identity)
+    if kind == "other trust domain":
+        return authority.leaf(identity.replace("cluster.local", "example.org"))
+    if kind == "other account":
+        return authority.leaf(spiffe("somebody-else"))
+    if kind == "expired":
+        return authority.leaf(identity, not_after=timedelta(hours=-1))
+    if kind == "no SPIFFE SAN":
+        return authority.leaf()
+    if kind == "two SANs":
+        return authority.leaf(identity, spiffe("somebody-else"))
+    if kind == "self-signed":
+        return authority.leaf(identity, self_signed=True)
+    stranger = Authority("another root").leaf(identity)
+    return Leaf(stranger.key, stranger.chain, good.roots)

@@ -6,11 +6,9 @@ played.
 """
 
 import asyncio
-import ctypes
 import os
 import socket
 import subprocess
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -26,42 +24,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from sidestep.node.agent import Agent
 from sidestep.node.pods import Pod
-
-T = TypeVar("T")
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def inside(namespace: str, work: Callable[[], T]) -> T:
-    """Runs `work` in a thread inside a network namespace: sockets it makes belong there for good."""
-    done: list[T] = []
-    failed: list[BaseException] = []
-
-    def enter() -> None:
-        try:
-            with open(f"/run/netns/{namespace}") as file:
-                assert _LIBC.setns(file.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())
-            done.append(work())
-        except BaseException as err:
-            failed.append(err)
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return done[0]
-
-
-def tool(*words: str) -> str:
-    """Runs a program to its end; fails the test with what it said. Returns its output."""
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
-    return done.stdout
+from tests.harness.netns import inside, run
 
 
 def ip(*words: str) -> str:
     """`ip WORDS`."""
-    return tool("ip", *words)
+    return run("ip", *words)
 
 
 async def eventually(what: str, question: Callable[[], Any], seconds: float = 30.0) -> Any:
@@ -93,7 +61,7 @@ class Sandbox:
             made.setblocking(False)
             return made
 
-        return inside(self.namespace, make)
+        return inside(self.path, make)
 
     def listen_socket(self, port: int) -> socket.socket:
         """A server's socket, dual stack."""
@@ -101,7 +69,7 @@ class Sandbox:
         def make() -> socket.socket:
             return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
 
-        return inside(self.namespace, make)
+        return inside(self.path, make)
 
 
 class Bridge:
@@ -165,15 +133,15 @@ class TestAuthority:
         )
         (folder / "root.pem").write_bytes(self._root.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, uri: str) -> dict[str, str]:
-        """Files for an identity; an entry of `certificates`."""
+    def issue(self, uri: str, seconds: float = 12 * 3600) -> dict[str, str]:
+        """Files for an identity; an entry of `certificates`. It ends in so many seconds."""
         stem = uri.rpartition("/")[2]
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
         leaf = (
             x509.CertificateBuilder(self._root.subject, x509.Name([]), key.public_key(), x509.random_serial_number())
             .not_valid_before(now - timedelta(minutes=1))
-            .not_valid_after(now + timedelta(hours=12))
+            .not_valid_after(now + timedelta(seconds=seconds))
             .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True)
             .sign(self._key, hashes.SHA256())
         )
@@ -213,11 +181,12 @@ class Cluster:
         if self._agent:
             self._agent.namespace_seen(namespace, mode)
 
-    def add(self, namespace: str, name: str, *ips: str, account: str = "default") -> Pod:
-        """A pod is placed on the node; with addresses it runs."""
+    def add(self, namespace: str, name: str, *ips: str, account: str = "default", probed: tuple[int, ...] = ()) -> Pod:
+        """A pod is placed on the node; with addresses it runs. `probed`: ports of its probes."""
         pod = Pod(
-            str(uuid.uuid4()), namespace, name, account, self._node, False, "Running", False, ips, "", False, "", True
-        )
+            str(uuid.uuid4()), namespace, name, account, self._node, False, "Running", False, ips, "", False, "", True,
+            probed,
+        )  # fmt: skip
         self._put(pod)
         return pod
 

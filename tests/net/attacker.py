@@ -7,9 +7,11 @@ where the kernel did not let it. At the end a datagram with the canary backwards
 """
 
 import contextlib
+import ctypes
 import errno
 import ipaddress
 import json
+import mmap
 import socket
 import struct
 import sys
@@ -19,6 +21,8 @@ from typing import Any
 
 SO_MARK, IPV6_RTHDR, IP_OPTIONS = 36, 57, 4
 SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20
+AF_XDP, SOL_XDP, XDP_COPY, XDP_PGOFF_TX_RING = 44, 283, 2, 0x80000000
+XDP_MMAP_OFFSETS, XDP_TX_RING, XDP_UMEM_REG, XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING = 1, 3, 4, 5, 6
 ETH_IP, ETH_IP6, ETH_ARP, ETH_VLAN, ETH_QINQ = 0x0800, 0x86DD, 0x0806, 0x8100, 0x88A8
 
 P: dict[str, Any] = {}
@@ -180,6 +184,32 @@ def vlan_twice() -> None:
     frames(ether(inner, ETH_QINQ))
 
 
+def af_xdp() -> None:
+    """A frame by an XDP socket in copy mode, which needs no program: the driver's transmit, past every qdisc."""
+    chunk, entries = 4096, 8
+    frame = ether(packet(segment()))
+    libc = ctypes.CDLL(None, use_errno=True)
+    with socket.socket(AF_XDP, socket.SOCK_RAW, 0) as xsk, mmap.mmap(-1, chunk * entries) as memory:
+        # linux/if_xdp.h: xdp_umem_reg (as long as 5.15 knows it), the rings, where they are, sockaddr_xdp, xdp_desc.
+        area = ctypes.c_char.from_buffer(memory)
+        where = ctypes.addressof(area)
+        del area  # or the mapping could not be closed
+        xsk.setsockopt(SOL_XDP, XDP_UMEM_REG, struct.pack("QQIII4x", where, len(memory), chunk, 0, 0))
+        for ring in (XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING, XDP_TX_RING):
+            xsk.setsockopt(SOL_XDP, ring, entries)
+        offsets = struct.unpack("16Q", xsk.getsockopt(SOL_XDP, XDP_MMAP_OFFSETS, 128))
+        producer, _, first, _ = offsets[4:8]
+        with mmap.mmap(xsk.fileno(), first + entries * 16, offset=XDP_PGOFF_TX_RING) as ring_memory:
+            name = struct.pack("HHIII", AF_XDP, XDP_COPY, socket.if_nametoindex("eth0"), 0, 0)
+            if libc.bind(xsk.fileno(), name, len(name)) != 0:
+                raise OSError(ctypes.get_errno(), "bind")
+            memory[: len(frame)] = frame
+            ring_memory[first : first + 16] = struct.pack("QII", 0, len(frame), 0)
+            ring_memory[producer : producer + 4] = struct.pack("I", 1)
+            if libc.sendto(xsk.fileno(), None, 0, socket.MSG_DONTWAIT, None, 0) < 0:
+                raise OSError(ctypes.get_errno(), "sendto")
+
+
 ATTACKS: dict[str, Callable[[], None]] = {
     "plain": plain,
     "mark-0x111": mark(0x111),
@@ -202,6 +232,7 @@ ATTACKS: dict[str, Callable[[], None]] = {
     "many-extensions": many_extensions,
     "vlan": vlan,
     "vlan-twice": vlan_twice,
+    "af-xdp": af_xdp,
     "qdisc-bypass": lambda: frames(ether(packet(segment())), bypass=True),
 }
 

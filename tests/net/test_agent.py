@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,9 @@ from sidestep.node.pods import Pod, spiffe, workload_name
 from sidestep.node.reconcile import Capture
 from sidestep.node.resident import Names, Resident
 from sidestep.node.statefile import FileAuthority, FileFeed
-from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo, eventually, ip, tool
+from tests.harness.kubelet import Kubelet
+from tests.harness.netns import run as tool
+from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo, eventually, ip
 
 PLUGIN = Path(__file__).resolve().parents[2] / "agent/sidestep/bin/sidestep-cni"
 NODE = "node1"
@@ -46,6 +49,7 @@ class Node:
         self.state_file = folder / "state.yaml"
         self.bpf_dir = Path(f"/sys/fs/bpf/t-agent-{os.getpid()}")
         self.drain_quiet_ms = 0
+        self.kubelet_cgroup: Path | None = None
         self.engine: subprocess.Popen[bytes] | None = None
         self.feed: FileFeed | None = None
         self._agent: Agent | None = None
@@ -97,6 +101,7 @@ class Node:
             records=Records(self.folder / "run" / "pods"),
             metrics=Metrics(),
             uniform=lambda: 0.5,
+            kubelet_cgroup=self.kubelet_cgroup,
         )
         feed = FileFeed(self.state_file, authority, agent)
         agent.engine_versions = feed.engine_holds
@@ -117,13 +122,15 @@ class Node:
                     task.cancel()
                 captures.close()
 
-    def pod(self, name: str, namespace: str = "shop", running: bool = True) -> tuple[Sandbox, Pod]:
+    def pod(
+        self, name: str, namespace: str = "shop", running: bool = True, probed: tuple[int, ...] = ()
+    ) -> tuple[Sandbox, Pod]:
         """A pod with a sandbox, a place in the API and a record in the mesh. The API has no address of it before it
         runs.
         """
         sandbox = self.bridge.sandbox()
         addresses = (sandbox.v4, sandbox.v6) if running else ()
-        pod = self.cluster.add(namespace, name, *addresses, account=name)
+        pod = self.cluster.add(namespace, name, *addresses, account=name, probed=probed)
         (self.folder / "netns").mkdir(exist_ok=True)
         (self.folder / "netns" / pod.uid).symlink_to(sandbox.path)
         self.state["workloads"].append(
@@ -454,11 +461,19 @@ def test_a_pod_that_ends_leaves_nothing(node: Node) -> None:
     run(work())
 
 
+def attached(kubelet: Kubelet) -> str:
+    """What is attached to the kubelet's cgroup."""
+    return tool(
+        shutil.which("bpftool", path="/usr/sbin:/sbin:/usr/bin") or "bpftool", "cgroup", "show", str(kubelet.cgroup)
+    )
+
+
 def test_toggles_leave_nothing(node: Node) -> None:
     """One idle pod in and out again and again: descriptors, pins, rules, routes and programs are what they were."""
 
-    async def work() -> None:
-        web, web_pod = node.pod("web")
+    async def work(kubelet: Kubelet) -> None:
+        web, web_pod = node.pod("web", probed=(PORT,))
+        node.kubelet_cgroup = kubelet.cgroup
         node.start_engine()
         async with node.running_agent():
             await eventually("engine", lambda: node.agent.engine.up)
@@ -486,7 +501,8 @@ def test_toggles_leave_nothing(node: Node) -> None:
                 ):
                     done = subprocess.run(["ip", "-n", web.namespace, *what], capture_output=True, text=True)
                     listed[" ".join(what)] = done.stdout
-                for device, way in (("eth0", "egress"), ("lo", "egress"), ("lo", "ingress")):
+                listed["kubelet's cgroup"] = attached(kubelet)
+                for device, way in (("eth0", "egress"), ("eth0", "ingress"), ("lo", "egress"), ("lo", "ingress")):
                     command = ["tc", "-n", web.namespace, "filter", "show", "dev", device, way]
                     listed[f"tc {device} {way}"] = subprocess.run(command, capture_output=True, text=True).stdout
                 return listed
@@ -511,8 +527,10 @@ def test_toggles_leave_nothing(node: Node) -> None:
                 await eventually("what is left is what was there", lambda: left() == before)
             finally:
                 print(f"before: {before}\nafter:  {left()}")
+            assert before["pins"] == [] and before["kubelet's cgroup"] == ""
 
-    run(work())
+    with Kubelet() as kubelet:
+        run(work(kubelet))
 
 
 def test_programs_taken_out_are_put_back(node: Node) -> None:
@@ -530,11 +548,12 @@ def test_programs_taken_out_are_put_back(node: Node) -> None:
                 repairs = "sidestep_capture_repairs_total"
                 await eventually(f"repair {times}", lambda: agent.metrics.value(repairs) == times)
 
-            for number, (device, way) in enumerate((("eth0", "egress"), ("lo", "ingress"), ("lo", "egress")), start=1):
+            ways = (("eth0", "egress"), ("lo", "ingress"), ("lo", "egress"), ("eth0", "ingress"))
+            for number, (device, way) in enumerate(ways, start=1):
                 tool("tc", "-n", web.namespace, "filter", "del", "dev", device, way)
                 await repaired(number)
             ip("-n", web.namespace, "rule", "del", "pref", "32764")
-            await repaired(4)
+            await repaired(5)
             await node.enrolled(web_pod, Capture.STRICT)
             client = await Client.open(web, api.v4, PORT)
             assert await client.ask("whole") == "whole" and await node.through_engine(client)

@@ -213,6 +213,28 @@ def test_a_record_that_cannot_be_read_is_named_and_asked_for_again(tmp_path: Pat
     run(tmp_path, work)
 
 
+def test_a_policy_that_cannot_be_read_is_held_without_a_version(tmp_path: Path) -> None:
+    """The engine denies in its place; a server that has dropped it meanwhile must hear that it is there."""
+
+    async def work(process: Process, server: Server) -> None:
+        async with feeding(process, server, tmp_path) as (engine, _):
+            await server.first(1)
+            sent: dict[str, Any] = {"shop/bad": b"\xff", "shop/good": b"\x0a\x04good\x12\x04shop"}
+            server.say("one", url=AUTHORIZATION, **sent)
+            assert (await server.answer("one")).error_detail.message == "shop/bad: malformed protobuf"
+            assert {each["key"] for each in await engine.dump("policies")} == {"shop/bad", "shop/good"}
+            await server.stop()
+            await server.start()
+            assert (await server.first(2))[AUTHORIZATION] == {"shop/bad": "", "shop/good": "one"}
+            server.say("two", url=AUTHORIZATION, removed=("shop/bad",))
+            await server.answer("two")
+            assert {each["key"] for each in await engine.dump("policies")} == {"shop/good"}
+        async with feeding(process, server, tmp_path):
+            assert (await server.first(3))[AUTHORIZATION] == {"shop/good": "one"}
+
+    run(tmp_path, work)
+
+
 def test_a_new_engine_is_given_everything_again(tmp_path: Path) -> None:
     async def work(process: Process, server: Server) -> None:
         async with feeding(process, server, tmp_path) as (engine, _):

@@ -4,7 +4,6 @@ The engine's place is taken by marked listeners (tests/harness/stand_in.py); the
 a further address. What leaves the pod is watched on the outside's end of the link.
 """
 
-import functools
 import secrets
 import socket
 import struct
@@ -18,7 +17,7 @@ import pytest
 
 from sidestep._bpf import lib
 from sidestep.lab.link import Flow, Tap
-from tests.harness.netns import Pair, connect, inside, listen, pair, run
+from tests.harness.netns import Pair, connect, listen, pair, run
 from tests.harness.stand_in import Capture, StandIn, plain
 
 Close = Callable[..., None]
@@ -309,69 +308,6 @@ def libc_disconnect(client: socket.socket) -> None:
 
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.connect(client.fileno(), struct.pack("H14x", socket.AF_UNSPEC), 16) == 0
-
-
-def test_half_open_connections_finish_as_without_the_mesh(capture: Capture, link: Pair, closing: Close) -> None:
-    """SYN-ACKs are held back across the enrolment, in both directions, and let go afterwards."""
-    far = listen(link.outside_path, link.far4, 80)
-    application = listen(link.pod_path, link.pod4, 8080)
-    engine = StandIn(capture)
-    closing(far, application, engine)
-    hold = "add rule inet t %s tcp flags & (syn|ack) == syn|ack drop"
-    outside = ("nsenter", f"--net={link.outside_path}", "nft")
-    run(*outside, "add table inet t; add chain inet t o { type filter hook output priority 0; };"
-        " add chain inet t p { type filter hook input priority 0; };" + hold % "o" + ";" + hold % "p")  # fmt: skip
-
-    def start(path: str, address: str, port: int) -> socket.socket:
-        def make() -> socket.socket:
-            made = socket.socket()
-            made.setblocking(False)
-            made.connect_ex((address, port))
-            return made
-
-        return inside(path, make)
-
-    going, coming = start(link.pod_path, link.far4, 80), start(link.outside_path, link.pod4, 8080)
-    closing(going, coming)
-    time.sleep(0.2)  # not a synchronisation: the SYNs are on their way before any program is there
-    enrolled = threading.Event()
-
-    def enrol() -> None:
-        while True:
-            try:
-                capture.set_mode(lib.MODE_LENIENT)
-                break
-            except Exception as error:
-                if "half-open" not in str(error):
-                    raise
-        enrolled.set()
-
-    thread = threading.Thread(target=enrol, daemon=True)
-    thread.start()
-    assert not enrolled.wait(1.5), "the half-open connection was not waited for"
-    run(*outside, "delete table inet t")
-    for made in (going, coming):
-        made.setblocking(True)
-        made.settimeout(20)
-        eventually("established", functools.partial(established, made))
-    far_end, _ = far.accept()
-    application_end, _ = application.accept()
-    closing(far_end, application_end)
-    assert enrolled.wait(20)
-    for one, other in ((going, far_end), (coming, application_end)):
-        one.sendall(b"after all")
-        assert other.recv(100) == b"after all"
-        other.sendall(b"yes")
-        assert one.recv(100) == b"yes"
-    thread.join(20)
-
-
-def established(made: socket.socket) -> bool:
-    try:
-        made.getpeername()
-    except OSError:
-        return False
-    return True
 
 
 # -- leaving the mesh ------------------------------------------------------------------------------------------------

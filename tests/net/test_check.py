@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.lab import everything_of
+
 SIDESTEP = [sys.executable, "-m", "sidestep"]
 
 # Answers EINVAL to bpf(BPF_PROG_LOAD) of one program type. A filter cannot read the attributes, which are behind a
@@ -108,10 +110,31 @@ def test_without_root() -> None:
     assert done.returncode == 1
 
 
-def test_without_tools() -> None:
-    done = run(*SIDESTEP, "check", "--json", env={"PATH": "/nowhere", "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert done.returncode in (0, 1)
-    assert "lab tools" in findings(done)
+HIDE = """
+for place in /usr/sbin /usr/lib/cni; do mount --bind "$1" $place || exit 9; done
+shift
+PATH=/nowhere exec "$@"
+"""
+
+
+def test_without_tools(tmp_path: Path) -> None:
+    """Only the lab needs them: a warning that names each, and no failure."""
+
+    def tools(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+        assert done.stdout, done.stderr
+        return dict(next(item for item in json.loads(done.stdout) if item["name"] == "lab tools"))
+
+    assert tools(run(*SIDESTEP, "check", "--json"))["level"] == "ok"
+    done = run("unshare", "-m", "sh", "-c", HIDE, "sh", str(tmp_path), *SIDESTEP, "check", "--json")
+    found = tools(done)
+    assert found["level"] == "warn"
+    missing = found["found"].removeprefix("missing ").split(", ")
+    assert sorted(word.split(" ")[0] for word in missing) == [
+        "bridge", "dnsmasq", "host-local", "ip", "loopback", "nft", "ptp",
+    ]  # fmt: skip
+    assert "make setup" in found["advice"]
+    assert [name for name, level in findings(done).items() if level == "fail"] == []
+    assert done.returncode == 0
 
 
 def agent(tmp_path: Path, *more: str) -> list[str]:
@@ -152,3 +175,60 @@ def test_the_agent_without_root(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "root" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# -- what starts something says it first, and starts nothing -----------------------------------------------------------
+def without(*capabilities: str) -> list[str]:
+    dropped = ",".join(f"-{name}" for name in capabilities)
+    return ["setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}", "--"]
+
+
+def refusing(kind: int) -> list[str]:
+    return [sys.executable, "-c", LAUNCHER, str(kind)]
+
+
+NO_BPFFS = ["unshare", "-m", "sh", "-c", 'umount -l /sys/fs/bpf && exec "$@"', "sh"]
+LACKING = [
+    pytest.param(refusing(SCHED_CLS), "tc egress", id="sched_cls"),
+    pytest.param(refusing(SK_LOOKUP), "sk_lookup", id="sk_lookup"),
+    pytest.param(refusing(TRACING), "iterator", id="iterator"),
+    pytest.param(NO_BPFFS, "mount -t bpf", id="bpffs"),
+    pytest.param(without("net_admin"), "CAP_NET_ADMIN", id="net_admin"),
+    pytest.param(without("sys_admin", "bpf"), "CAP_", id="sys_admin"),
+]
+
+
+@pytest.mark.parametrize(("prefix", "says"), [*LACKING, pytest.param(without("bpf"), "CAP_BPF", id="bpf")])
+def test_lab_up_on_a_machine_that_lacks_something(prefix: list[str], says: str) -> None:
+    name = f"n{os.getpid() % 10000}"
+    done = run(*prefix, *SIDESTEP, "lab", "up", "--name", name, "--nodes", "1")
+    assert done.returncode == 1
+    assert done.stdout == ""  # not even begun
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert says in done.stderr
+    assert everything_of(name) == []
+
+
+@pytest.mark.parametrize("missing", ["net_admin", "sys_admin"])
+def test_a_plain_lab_needs_what_makes_its_nodes(missing: str) -> None:
+    name = f"n{os.getpid() % 10000}"
+    done = run(*without(missing), *SIDESTEP, "lab", "up", "--name", name, "--nodes", "1", "--plain")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert f"CAP_{missing.upper()}" in done.stderr
+    assert everything_of(name) == []
+
+
+@pytest.mark.parametrize(("prefix", "says"), LACKING)
+def test_the_agent_on_a_machine_that_lacks_something(tmp_path: Path, prefix: list[str], says: str) -> None:
+    pins = Path(f"/sys/fs/bpf/t-check-{os.getpid()}")
+    command = agent(tmp_path, "--bpf-dir", str(pins))
+    files = sorted(tmp_path.iterdir())
+    done = run(*prefix, *command)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == files  # no run directory, no socket
+    assert not pins.exists()

@@ -1,11 +1,14 @@
 """The control plane as a process, against the lab's API server, with independent clients of its protocols."""
 
 import asyncio
+import base64
+import itertools
 import json
 import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,16 @@ from typing import Any
 import grpc
 import pytest
 from cryptography import x509
-from cryptography.x509.verification import PolicyBuilder, Store
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
+from sidestep.control import authority
 from sidestep.kube.client import KubeClient, KubeError
+from sidestep.wire.pb import authorization_pb2 as pb
 from sidestep.wire.pb import workload_pb2
 from tests.harness import control as harness
+from tests.harness.authorities import with_intermediate
 from tests.harness.control import ADDRESS, AUTHORIZATION, HANG_S, SYSTEM, Cluster, Follower, bearer, certificate
+from tests.harness.policies import STATIC, shape
 
 POD = "Kubernetes//Pod/shop/web-1"
 WEB = "shop/web.shop.svc.cluster.local"
@@ -145,6 +152,154 @@ def test_policies_are_an_empty_set_that_is_answered(cluster: Cluster) -> None:
     on_mesh(cluster, test)
 
 
+DENY = {
+    "action": "DENY",
+    "selector": {"matchLabels": {"app": "web"}},
+    "rules": [{"to": [{"operation": {"ports": ["80"]}}]}],
+}
+AP = "/apis/security.istio.io/v1/namespaces/shop/authorizationpolicies"
+PA = "/apis/security.istio.io/v1/namespaces/shop/peerauthentications"
+
+
+async def condition(mesh: Mesh, path: str, good: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The condition of a policy, once it is good."""
+    while True:
+        status = (await mesh.kube.get(path)).get("status") or {}
+        for each in status.get("conditions") or ():
+            if each["type"] == "ZtunnelAccepted" and good(each):
+                return dict(each)
+        await asyncio.sleep(0.02)
+
+
+def test_policies_are_served_and_followed(cluster: Cluster) -> None:
+    async def test(mesh: Mesh) -> None:
+        await add_web(mesh)
+        addresses, follower = await mesh.follow(), await mesh.follow(AUTHORIZATION)
+        await addresses.until(lambda held: POD in held)
+        await mesh.kube.create(AP, {"metadata": {"name": "p"}, "spec": DENY})
+        await follower.ruled(lambda held: "shop/p" in held)
+        policy = follower.policies["shop/p"]
+        assert (policy.name, policy.namespace, policy.action, policy.scope) == (
+            "p",
+            "shop",
+            pb.DENY,
+            pb.WORKLOAD_SELECTOR,
+        )
+        assert shape(policy) == [[[{"destination_ports": [80]}]]] and follower.pushes[-1].type_url == AUTHORIZATION
+        await addresses.until(lambda held: list(held[POD].workload.authorization_policies) == ["shop/p"])
+
+        first, pushes = follower.versions["shop/p"], len(addresses.pushes)
+        await mesh.kube.patch(f"{AP}/p", {"spec": {"rules": [{"to": [{"operation": {"ports": ["81"]}}]}]}})
+        await follower.ruled(lambda held: shape(held["shop/p"]) == [[[{"destination_ports": [81]}]]])
+        assert follower.versions["shop/p"] != first
+        held = dict(follower.versions)
+        follower.call.cancel()
+        [response] = (await mesh.follow(AUTHORIZATION, initial_resource_versions=held)).pushes
+        assert not response.resources and not response.removed_resources  # nothing new for who comes back
+        [response] = (await mesh.follow(AUTHORIZATION, initial_resource_versions=held | {"shop/gone": "1"})).pushes
+        assert not response.resources and list(response.removed_resources) == ["shop/gone"]
+
+        again = await mesh.follow(AUTHORIZATION, initial_resource_versions=held)
+        await mesh.kube.create(PA, {"metadata": {"name": "q"}, "spec": {"mtls": {"mode": "STRICT"}}})
+        await again.ruled(lambda held: STATIC in held)
+        await addresses.until(lambda held: list(held[POD].workload.authorization_policies) == ["shop/p", STATIC])
+        assert len(addresses.pushes) == pushes + 1  # the change of rules was none for workloads
+        await mesh.kube.delete(f"{AP}/p")
+        while "shop/p" not in again.pushes[-1].removed_resources:
+            await again.take()
+        await addresses.until(lambda held: list(held[POD].workload.authorization_policies) == [STATIC])
+        await mesh.kube.delete(f"{PA}/q")
+        while STATIC not in again.pushes[-1].removed_resources:
+            await again.take()
+
+    on_mesh(cluster, test)
+
+
+def test_one_stream_gets_policies_before_the_workloads_that_name_them(cluster: Cluster) -> None:
+    async def test(mesh: Mesh) -> None:
+        await add_web(mesh)
+        follower = Follower(await mesh.channel(), bearer(mesh.token))
+        await follower.ask(ADDRESS)
+        await follower.ask(AUTHORIZATION)
+        await follower.until(lambda held: POD in held)
+        for number in range(20):
+            spec = DENY | {"rules": []}
+            await mesh.kube.create(AP, {"metadata": {"name": f"p{number}"}, "spec": spec})
+            name = f"shop/p{number}"
+            while name not in follower.addresses[POD].workload.authorization_policies:
+                await follower.take()
+                assert set(follower.addresses[POD].workload.authorization_policies) <= follower.policies.keys()
+
+    on_mesh(cluster, test)
+
+
+def test_what_is_not_enforced_is_said(cluster: Cluster) -> None:
+    """In the object's status, in an Event, in the log, on the page; and what can be read goes on being served."""
+
+    async def test(mesh: Mesh) -> None:
+        other = {"type": "Other", "status": "True", "reason": "Else", "message": "not ours"}
+        await add_web(mesh)
+        follower = await mesh.follow(AUTHORIZATION)
+        await mesh.kube.create(AP, {"metadata": {"name": "good"}, "spec": DENY})
+        said = await condition(mesh, f"{AP}/good", lambda each: True)
+        assert (said["status"], said["reason"], said["observedGeneration"]) == ("True", "Accepted", 1)
+
+        spec = {"rules": [{}, {"to": [{"operation": {"methods": ["GET"]}}]}]}
+        await mesh.kube.create(AP, {"metadata": {"name": "mixed"}, "spec": spec})
+        said = await condition(mesh, f"{AP}/mixed", lambda each: True)
+        assert (said["status"], said["reason"]) == ("False", "UnsupportedValue")
+        assert said["message"].startswith("spec.rules[1]: NOT ENFORCED") and "methods" in said["message"]
+
+        await mesh.kube.patch(f"{AP}/good/status", {"status": {"conditions": [other]}})
+        await condition(mesh, f"{AP}/good", lambda each: True)  # written again, beside what others wrote
+        await mesh.kube.patch(f"{AP}/good", {"spec": {"rules": [{"from": [{"source": {"ipBlocks": ["nowhere"]}}]}]}})
+        said = await condition(mesh, f"{AP}/good", lambda each: bool(each["status"] == "False"))
+        assert said["reason"] == "Invalid" and said["observedGeneration"] == 2
+        assert "spec.rules[0].from[0].source.ipBlocks[0]: 'nowhere'" in said["message"]
+        assert other in (await mesh.kube.get(f"{AP}/good"))["status"]["conditions"]
+        await mesh.kube.create(AP, {"metadata": {"name": "last"}, "spec": {}})
+        await follower.ruled(lambda held: "shop/last" in held)  # the news of all that has come
+        assert shape(follower.policies["shop/good"]) == [[[{"destination_ports": [80]}]]]  # the last good version
+        assert shape(follower.policies["shop/mixed"]) == [[]]
+
+        events: list[Any] = []
+        while {each["involvedObject"]["name"] for each in events} != {"good", "mixed"}:
+            events = (await mesh.kube.list("/api/v1/namespaces/shop/events"))["items"]
+            await asyncio.sleep(0.02)
+        assert {(each["type"], each["reason"]) for each in events} == {("Warning", "NotEnforced")}
+        assert {each["involvedObject"]["kind"] for each in events} == {"AuthorizationPolicy"}
+
+        found = {each["name"]: each for each in (await mesh.status())["policies"]}
+        assert found["good"]["selects"] == 1 and not found["good"]["accepted"] and found["good"]["action"] == "DENY"
+        assert found["mixed"]["not_enforced"] and found["last"]["accepted"]
+        page = (await asyncio.to_thread(mesh.cluster.page, "/metrics")).decode()
+        assert 'sidestep_control_policies{accepted="false"} 2.0' in page
+        assert mesh.cluster.control is not None
+        lines = [line for line in mesh.cluster.control.text().splitlines() if " policy_not_enforced " in line]
+        assert len(lines) == 2 and all("level=WARN" in line for line in lines)
+
+        kept = f"/api/v1/namespaces/{SYSTEM}/configmaps/sidestep-policies"
+        while (await mesh.status())["remembered"] != {"versions": 1, "failed": ""}:
+            await asyncio.sleep(0.02)
+        written = (await mesh.kube.get(f"{AP}/good"))["metadata"]["resourceVersion"]
+        await asyncio.to_thread(mesh.cluster.restart)
+        after = await mesh.follow(AUTHORIZATION)
+        assert shape(after.policies["shop/good"]) == [[[{"destination_ports": [80]}]]]
+        assert (await mesh.kube.get(f"{AP}/good"))["metadata"]["resourceVersion"] == written  # nothing to say anew
+
+        await mesh.kube.delete(kept)
+        await asyncio.to_thread(mesh.cluster.restart)  # the control: without what was kept it denies all
+        after = await mesh.follow(AUTHORIZATION)
+        assert shape(after.policies["shop/good"]) == [[]] and after.policies["shop/good"].action == pb.DENY
+        said = await condition(mesh, f"{AP}/good", lambda each: "denies all" in each["message"])
+        await mesh.kube.patch(f"{AP}/good", {"spec": DENY})
+        await after.ruled(lambda held: shape(held["shop/good"]) == [[[{"destination_ports": [80]}]]])
+        said = await condition(mesh, f"{AP}/good", lambda each: bool(each["status"] == "True"))
+        assert said["message"] == "accepted" and said["observedGeneration"] == 3
+
+    on_mesh(cluster, test)
+
+
 def test_who_comes_back_gets_the_difference_only(cluster: Cluster) -> None:
     async def test(mesh: Mesh) -> None:
         for number in range(1, 6):
@@ -240,9 +395,8 @@ async def refusal(mesh: Mesh, headers: tuple[tuple[str, str], ...]) -> grpc.Stat
 
 async def ended(follower: Follower) -> grpc.StatusCode:
     """How a stream ends that nobody serves."""
-    with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):  # the latter: ended before we wrote
-        await follower.ask()
-        await follower.take()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await follower.take()  # nothing is asked: a write to a stream that was just refused ends it as INTERNAL
     code: grpc.StatusCode = await follower.call.code()
     return code
 
@@ -290,6 +444,118 @@ def test_certificates_before_and_after_a_crash_are_of_one_root(cluster: Cluster)
         assert verified(before, roots) != verified(after, roots)
 
     on_mesh(cluster, test)
+
+
+def rotation() -> list[dict[str, str]]:
+    """The files of an authority through a change of its root: as it was, with the new root beside the old, with the new
+    one signing, without the old. The new one has an intermediate, the first half of its chain is the CA itself.
+    """
+    now = time.time()
+    old, new = authority.new("old.example", now), with_intermediate()
+    both = old.roots_pem + new.roots_pem
+    after = new.files()
+    return [
+        old.files(),
+        old.files() | {"root-cert.pem": both},
+        after | {"root-cert.pem": both},
+        after,
+    ]
+
+
+def write(directory: Path, files: dict[str, str]) -> None:
+    for name in authority.FILES:
+        (directory / name).unlink(missing_ok=True)
+        if files.get(name):
+            (directory / name).write_text(files[name])
+
+
+@pytest.mark.parametrize("kept", ["directory", "secret"])
+def test_the_root_is_replaced_while_it_runs(tmp_path: Path, kept: str) -> None:
+    """Whoever holds a certificate of one step and whoever holds one of the next trust each other; who connects trusts
+    what was published before; and the process stays the same.
+    """
+    directory = tmp_path / "cacerts"
+    directory.mkdir()
+    steps = rotation()
+    write(directory, steps[0])
+    with harness.cluster(tmp_path, *(["--cacerts", str(directory)] if kept == "directory" else [])) as cluster:
+
+        async def put(mesh: Mesh, files: dict[str, str]) -> None:
+            if kept == "directory":
+                await asyncio.to_thread(write, directory, files)
+                return
+            data = {name: base64.b64encode(files.get(name, "").encode()).decode() for name in authority.FILES}
+            await mesh.kube.patch(f"/api/v1/namespaces/{SYSTEM}/secrets/sidestep-ca", {"data": data})
+
+        async def test(mesh: Mesh) -> None:
+            await add_web(mesh)
+            assert mesh.cluster.control is not None
+            process = mesh.cluster.control.popen.pid
+            trusted = await mesh.root()
+            if kept == "secret":  # its own root is the old one
+                own = (await mesh.kube.get(f"/api/v1/namespaces/{SYSTEM}/secrets/sidestep-ca"))["data"]
+                first = {name: base64.b64decode(own.get(name, "")).decode() for name in authority.FILES}
+                both = first["root-cert.pem"] + steps[3]["root-cert.pem"]
+                steps[:3] = [first, first | {"root-cert.pem": both}, steps[3] | {"root-cert.pem": both}]
+            chains = []
+            for files in steps:
+                await put(mesh, files)
+                want = x509.load_pem_x509_certificates(files["root-cert.pem"].encode())
+                for namespace in (SYSTEM, "shop", "default"):
+                    while x509.load_pem_x509_certificates(await mesh.root(namespace)) != want:
+                        await asyncio.sleep(0.02)
+                while True:  # who trusts what was published before is taken, by a fresh connection
+                    channel = harness.channel(mesh.cluster.address, trusted)
+                    mesh.channels.append(channel)
+                    chain = await certificate(channel, bearer(mesh.token), URI)
+                    if x509.load_pem_x509_certificates(chain[-1].encode()) == want and issuer(chain) == subject(files):
+                        break
+                    await asyncio.sleep(0.02)
+                trusted = await mesh.root()
+                chains.append(chain)
+            assert [len(chain) for chain in chains] == [2, 2, 4, 4]
+            for before, after in itertools.pairwise(chains):
+                verified(before, after[-1].encode())
+                verified(after, before[-1].encode())
+            with pytest.raises(VerificationError):  # the control: without the steps between it does not go
+                verified(chains[3], chains[0][-1].encode())
+
+            status = (await mesh.status())["root"]
+            assert status["problem"] == "" and [each["issues"] for each in status["roots"]] == [True]
+            await put(mesh, steps[3] | {"ca-key.pem": steps[0]["ca-key.pem"]})
+            while "not the key of" not in (await mesh.status())["root"]["problem"]:
+                await asyncio.sleep(0.02)
+            chain = await certificate(channel, bearer(mesh.token), URI)
+            assert issuer(chain) == subject(steps[3]) and await mesh.root() == trusted
+            assert mesh.cluster.control.popen.pid == process and mesh.cluster.control.popen.poll() is None
+            log = mesh.cluster.control.text()
+            assert " authority_not_taken level=WARN" in log and "has not heard" not in log
+
+        on_mesh(cluster, test)
+
+
+def issuer(chain: list[str]) -> x509.Name:
+    return x509.load_pem_x509_certificate(chain[0].encode()).issuer
+
+
+def subject(files: dict[str, str]) -> x509.Name:
+    return x509.load_pem_x509_certificate(files["ca-cert.pem"].encode()).subject
+
+
+def test_a_root_that_nobody_has_heard_of_is_warned_about(tmp_path: Path) -> None:
+    directory = tmp_path / "cacerts"
+    directory.mkdir()
+    steps = rotation()
+    write(directory, steps[0])
+    with harness.cluster(tmp_path, "--cacerts", str(directory)) as cluster:
+
+        async def test(mesh: Mesh) -> None:
+            assert mesh.cluster.control is not None
+            await asyncio.to_thread(write, directory, steps[3])
+            while "has not heard of its root" not in mesh.cluster.control.text():
+                await asyncio.sleep(0.02)
+
+        on_mesh(cluster, test)
 
 
 def test_a_pod_is_served_at_once_and_no_more_when_it_is_gone(cluster: Cluster) -> None:

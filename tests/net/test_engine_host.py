@@ -75,9 +75,43 @@ def test_hello_says_what_is_held(engine: EngineProcess) -> None:
             ("address", "Kubernetes//Pod/shop/web-2"): "1",
         }
         assert client.hello["settings"]["node"] == "n1"
+        assert client.hello["settings"]["root_namespace"] == "istio-system"
         found = client.dump("workloads")
         assert {each["name"] for each in found} == {"web-1", "web-2"}
         assert {each["identity"] for each in found} == {"spiffe://cluster.local/ns/shop/sa/web"}
+
+
+def test_the_root_namespace_is_a_setting(engine: EngineProcess) -> None:
+    """A policy of it that cannot be decoded closes everything; HELLO lists it without a version."""
+    bad = [batch.Record(batch.Op.POLICY_SET, name, "1", b"\xff") for name in ("roots/p", "shops/p")]
+    with engine.client() as client:
+        client.call(channel.SETTINGS, {"root_namespace": "roots"})
+        rejected = client.apply([workload(1), *bad])["rejected"]
+        assert {each["name"] for each in rejected} == {"roots/p", "shops/p"}
+        said = client.call(channel.AUTHZ, {"identity": "", "source": "10.0.0.1", "destination": "10.9.0.1:80"})
+        assert (said["allow"], said["policy"]) == (False, "roots/p")
+        assert {each["key"]: each["scope"] for each in client.dump("policies")} == {
+            "roots/p": "Global",
+            "shops/p": "Namespace",
+        }
+    with engine.client() as client:
+        assert client.versions["policy", "roots/p"] == client.versions["policy", "shops/p"] == ""
+
+
+def test_an_answer_that_is_long_still_fits(engine: EngineProcess) -> None:
+    """AUTHZ names at most 256 policies, and says so when even those are too much for a packet."""
+    empty = b"\x12\x04shop\x18\x01"  # of namespace shop, without rules
+    short = [batch.Record(batch.Op.POLICY_SET, f"shop/{n:04}", "1", empty) for n in range(1000)]
+    question = {"identity": "", "source": "10.0.0.1", "destination": "10.9.0.1:80"}
+    with engine.client() as client:
+        client.apply([workload(1), *short])
+        said = client.call(channel.AUTHZ, question)
+        assert (said["allow"], said["policy"], len(said["policies"])) == (False, "shop/0000", 256)
+        long = [batch.Record(batch.Op.POLICY_SET, f"shop/{n:02000}", "1", empty) for n in range(256)]
+        client.apply([workload(1), *long], full=True)
+        said = client.call(channel.AUTHZ, question)
+        assert not said["allow"]
+        assert 0 < len(said["policies"]) < 256
 
 
 def test_versions_of_the_channel(engine: EngineProcess) -> None:
@@ -172,6 +206,10 @@ def test_what_is_no_packet_ends_the_connection(engine: EngineProcess, packet: by
         ),
         (channel.APPLY, {"size": 16}, "takes 1 file descriptors"),
         (channel.SHUTDOWN, {"drain_s": -1}, "whole number"),
+        (channel.SETTINGS, {"root_namespace": 7}, "root_namespace must be text"),
+        (channel.AUTHZ, {"identity": "", "source": "10.0.0.1"}, "destination must be text"),
+        (channel.AUTHZ, {"identity": "", "source": "10.0.0.1", "destination": "10.0.0.2"}, "destination IP:PORT"),
+        (channel.AUTHZ, {"identity": "me", "source": "10.0.0.1", "destination": "10.0.0.2:80"}, "SPIFFE URI or empty"),
     ],
 )
 def test_refused_commands(engine: EngineProcess, kind: int, body: dict[str, object], error: str) -> None:

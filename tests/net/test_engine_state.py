@@ -169,5 +169,36 @@ def test_policies_agree(client: Client) -> None:
         batch.Record(batch.Op.POLICY_SET, "shop/q", "1", made.SerializeToString()),
     ]
     assert client.apply(records)["rejected"] == [{"name": "shop/q", "reason": "address is neither 4 nor 16 bytes"}]
-    (found,) = client.dump("policies")
-    assert (found["name"], found["scope"], found["action"]) == ("shop/p", "namespace", "deny")
+    found = {each["key"]: each for each in client.dump("policies")}
+    assert found["shop/p"] == {
+        "key": "shop/p",
+        "name": "p",
+        "namespace": "shop",
+        "scope": "Namespace",
+        "action": "Deny",
+        "rules": [
+            [
+                [
+                    {
+                        "notNamespaces": [{"Presence": []}],
+                        "principals": [{"Prefix": "cluster.local/"}],
+                        "sourceIps": ["0.0.0.0/8"],
+                        "destinationPorts": [80, 65535],
+                    }
+                ]
+            ]
+        ],
+        "dryRun": False,
+        "version": "1",
+    }
+    assert found["shop/q"] == {
+        "key": "shop/q",
+        "name": "q",
+        "namespace": "shop",
+        "scope": "Namespace",
+        "action": "Deny",
+        "rules": [[]],
+        "dryRun": False,
+        "undecodable": "address is neither 4 nor 16 bytes",
+        "version": "",
+    }

@@ -296,6 +296,43 @@ def test_server_side_apply_and_create(api: Api) -> None:
     assert refused.returncode == 1 and refused.stderr.count("already exists") == 5
 
 
+POLICIES = """
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: web, namespace: default}
+spec:
+  action: DENY
+  selector: {matchLabels: {app: web}}
+  rules: [{from: [{source: {namespaces: [other]}}]}]
+---
+apiVersion: security.istio.io/v1beta1
+kind: PeerAuthentication
+metadata: {name: default, namespace: default}
+spec: {mtls: {mode: STRICT}}
+"""
+
+
+def test_policies(api: Api) -> None:
+    assert api.run("apply", "-f", "-", stdin=POLICIES).stdout.count("created") == 2
+    assert api.run("apply", "-f", "-", stdin=POLICIES).stdout.count("unchanged") == 2
+    table = [line.split() for line in api.run("get", "authorizationpolicies").stdout.splitlines()]
+    assert table[0] == ["NAME", "ACTION", "AGE"] and table[1][:2] == ["web", "DENY"]
+    assert api.run("get", "peerauthentication").stdout.splitlines()[1].split()[:2] == ["default", "STRICT"]
+    for each in ("ap", "authorizationpolicy.security.istio.io", "authorizationpolicies.v1beta1.security.istio.io"):
+        assert api.run("get", each, "-o", "name").stdout == "authorizationpolicy.security.istio.io/web\n"
+    done = api.run("apply", "-f", "-", stdin=POLICIES.replace("STRICT", "PERMISSIVE")).stdout
+    assert done.count("unchanged") == 1 and done.count("configured") == 1
+    assert api.get("peerauthentication", "default")["spec"] == {"mtls": {"mode": "PERMISSIVE"}}
+    status = {"status": {"conditions": [{"type": "ZtunnelAccepted", "status": "False"}]}}
+    api.raw("PATCH", "/apis/security.istio.io/v1/namespaces/default/authorizationpolicies/web/status", status)
+    api.run("wait", "--for=condition=ZtunnelAccepted=false", "authorizationpolicy/web", f"--timeout={GUARD_S:.0f}s")
+    assert "ZtunnelAccepted" in api.run("describe", "authorizationpolicy", "web").stdout
+    assert api.run("apply", "-f", "-", stdin=POLICIES).stdout.count("configured") == 1  # the status is not its affair
+    assert api.get("authorizationpolicy", "web")["status"]["conditions"][0]["status"] == "False"
+    assert api.run("delete", "-f", "-", stdin=POLICIES).stdout.count("deleted") == 2
+    assert api.run("get", "ap,pa", "-o", "name").stdout == ""
+
+
 def test_get_w_shows_changes_as_they_come(api: Api) -> None:
     api.run("create", "ns", "shop")
     argv = [api.kubectl, "get", "configmaps", "-n", "shop", "-w", "--output-watch-events"]
@@ -372,6 +409,9 @@ def test_version_and_api_resources(api: Api) -> None:
         "nodes",
         "configmaps",
         "secrets",
+        "events",
+        "authorizationpolicies",
+        "peerauthentications",
     } <= names
 
 

@@ -562,6 +562,7 @@ static void test_random_deltas(void **unused)
                         check_all(other);
                         mesh_free(other);
                 }
+                mesh_in_force(m, 0);
                 mesh_sync(m, NULL, NULL);
         }
         for (unsigned k = 0; k < 5; k++)

@@ -4,7 +4,6 @@ import secrets
 import socket
 import threading
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,28 +11,7 @@ import pytest
 from tests.harness import hbone_peer
 from tests.harness.cluster import Nodes
 from tests.harness.netns import connect, listen
-from tests.harness.pki import Authority, Leaf, spiffe
-
-BAD = ["other trust domain", "other account", "expired", "no SPIFFE SAN", "two SANs", "self-signed", "other root"]
-
-
-def bad_leaf(authority: Authority, kind: str, identity: str) -> Leaf:
-    """A leaf that is wrong in one way."""
-    good = authority.leaf(identity)
-    if kind == "other trust domain":
-        return authority.leaf(identity.replace("cluster.local", "example.org"))
-    if kind == "other account":
-        return authority.leaf(spiffe("somebody-else"))
-    if kind == "expired":
-        return authority.leaf(identity, not_after=timedelta(hours=-1))
-    if kind == "no SPIFFE SAN":
-        return authority.leaf()
-    if kind == "two SANs":
-        return authority.leaf(identity, spiffe("somebody-else"))
-    if kind == "self-signed":
-        return authority.leaf(identity, self_signed=True)
-    stranger = Authority("another root").leaf(identity)
-    return Leaf(stranger.key, stranger.chain, good.roots)
+from tests.harness.pki import BAD, bad_leaf
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +30,6 @@ def into(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     with Nodes(folder, {"client": 0, "server": 1}, engines=(False, True)) as nodes:
         nodes.publish()
         yield nodes
-
-
-def retire_tunnels(nodes: Nodes, name: str) -> None:
-    """A record that changed: no tunnel to it is used again."""
-    nodes.apply(nodes.record(nodes[name], canonical_revision=secrets.token_hex(4)))
 
 
 def send_all(client: socket.socket, payload: bytes) -> None:
@@ -79,7 +52,7 @@ def test_the_engine_as_client(out: Nodes, family: int) -> None:
             while chunk := client.recv(65536):
                 back += chunk
             sender.join()
-    retire_tunnels(out, "server")
+    out.retire_tunnels("server")
     assert bytes(back) == payload
     (request,) = peer.requests
     assert bytes(request.received) == payload
@@ -100,7 +73,7 @@ def test_a_bad_server_gets_no_byte(out: Nodes, kind: str) -> None:
             assert client.recv(1) != b"", "an orderly end"
             raise AssertionError("answered")
     assert peer.requests == []
-    retire_tunnels(out, "server")
+    out.retire_tunnels("server")
 
 
 def test_a_refused_connect_is_a_reset(out: Nodes) -> None:
@@ -109,7 +82,7 @@ def test_a_refused_connect_is_a_reset(out: Nodes) -> None:
         with pytest.raises(ConnectionResetError), connect(out["client"].path, server.address(4), 8080) as client:
             client.recv(1)
     assert len(peer.requests) == 1
-    retire_tunnels(out, "server")
+    out.retire_tunnels("server")
 
 
 def echo(listener: socket.socket, peers: list[str]) -> None:
@@ -186,6 +159,29 @@ def test_forged_headers_change_nothing(into: Nodes) -> None:
         assert hbone_peer.exchange(client.path, server.address(4), leaf, authority, b"x", headers=forged) == b"x"
         thread.join()
     assert peers == [client.address(4)]
+
+
+@pytest.mark.parametrize("whose", ["client's", "server's", "nobody's"])
+def test_intermediates_go_with_the_leaf(tmp_path: Path, whose: str) -> None:
+    """A peer that knows the root only can verify what the engine shows, in both roles."""
+    engines = (whose == "client's", whose != "client's")
+    with Nodes(tmp_path, {"client": 0, "server": 1}, engines=engines) as nodes:
+        nodes.publish()
+        client, server, below = nodes["client"], nodes["server"], nodes.authority.intermediate()
+        if whose == "client's":
+            nodes.certify(client, below.leaf(client.identity))
+            with hbone_peer.Server(server.path, server.address(4), nodes.authority.leaf(server.identity)):
+                with connect(client.path, server.address(4), 8080) as connection:
+                    connection.sendall(b"x")
+                    assert connection.recv(1) == b"x"
+            return
+        nodes.certify(server, (below if whose == "server's" else nodes.authority).leaf(server.identity))
+        with listen(server.path, server.address(4), 8080) as listener:
+            thread = threading.Thread(target=echo, args=(listener, []))
+            thread.start()
+            leaf, authority = nodes.authority.leaf(client.identity), f"{server.address(4)}:8080"
+            assert hbone_peer.exchange(client.path, server.address(4), leaf, authority, b"x") == b"x"
+            thread.join()
 
 
 def test_two_pods_of_one_account_never_share_a_tunnel(tmp_path: Path) -> None:

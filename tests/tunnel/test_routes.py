@@ -16,6 +16,7 @@ import pytest
 from sidestep.lab.link import violations
 from sidestep.wire.pb import workload_pb2 as pb
 from tests.harness.cluster import Nodes, Pod
+from tests.harness.engine import opened
 from tests.harness.lab import build_customers
 from tests.harness.netns import connect, inside, listen, run
 
@@ -266,6 +267,44 @@ def test_a_pod_without_its_record_is_held(tmp_path: Path) -> None:
         print(f"refused after {time.monotonic() - started:.1f} s")
 
 
+def opened_by_both(nodes: Nodes) -> list[int]:
+    """As source by the client's engine, as destination by the server's."""
+    source, destination = nodes.clients
+    assert source is not None
+    assert destination is not None
+    return [opened(source.metrics(), "source"), opened(destination.metrics(), "destination")]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("way", ["outbound", "same node", "inbound"])
+def test_one_client_port_three_times_with_the_server_closing_first(nodes: Nodes, way: str, family: int) -> None:
+    """The engine's end towards the client is in TIME_WAIT when the port comes again.
+
+    `inbound`: a client outside of the mesh.
+    """
+    server = nodes["near" if way == "same node" else "server"]
+    client, address = nodes["client"].path, nodes["client"].address(family)
+    if way == "inbound":
+        client, address = f"/run/netns/{nodes.router}", server.address(family)[:-1] + "1"
+    engines = nodes.clients[0], nodes.clients[0 if way == "same node" else 1]
+    assert engines[0] is not None
+    assert engines[1] is not None
+    before = opened(engines[0].metrics(), "source"), opened(engines[1].metrics(), "destination")
+    with listen(server.path, server.address(family), PORT) as listener:
+        for n in range(3):
+            with connect(client, server.address(family), PORT, source_port=45678) as asking:
+                accepted, peer = listener.accept()
+                accepted.sendall(f"{server.name} {n}".encode())
+                accepted.close()
+                got = b""
+                while part := asking.recv(100):
+                    got += part
+                assert got == f"{server.name} {n}".encode()
+                assert peer[0] == address
+    after = opened(engines[0].metrics(), "source"), opened(engines[1].metrics(), "destination")
+    assert after == (before[0] + (0 if way == "inbound" else 3), before[1] + 3)
+
+
 ONE_AFTER_ANOTHER = """
 import socket, sys, time
 slowest = 0
@@ -293,10 +332,12 @@ def test_thirty_thousand_connections_to_one_port(nodes: Nodes) -> None:
         deadline = time.monotonic() + 20
         while "7000" not in run("nsenter", f"--net={server.path}", "ss", "-Hltn"):
             assert time.monotonic() < deadline
+        before = opened_by_both(nodes)
         enter = ["nsenter", f"--net={nodes['client'].path}", "python3", "-c", ONE_AFTER_ANOTHER]
         said = subprocess.run([*enter, server.address(), "7000", "30000"], capture_output=True, text=True, timeout=240)
         assert said.returncode == 0, said.stderr
         print(said.stdout)
+        assert opened_by_both(nodes) == [each + 30000 for each in before]  # none went past an engine
     finally:
         serving.kill()
         serving.wait()

@@ -7,102 +7,48 @@ import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.harness.cluster import Nodes
+from tests.harness.engine import opened
+from tests.harness.exchange import PATTERN, Case, Taken, exchange, give, take, taken
 from tests.harness.netns import connect, listen
 
 PORT = 8080
-HEADER = struct.Struct("!BII")  # who ends first (0 client, 1 server), bytes of the client, bytes of the server
 RESET = struct.pack("ii", 1, 0)
-PATTERN = random.Random(7).randbytes(1 << 20)
 
 
-def take(connection: socket.socket) -> tuple[int, str]:
-    """Reads to the end: count and hash; an error is part of the answer."""
-    digest, count = hashlib.sha256(), 0
-    while chunk := connection.recv(1 << 18):
-        digest.update(chunk)
-        count += len(chunk)
-    return count, digest.hexdigest()
-
-
-def give(connection: socket.socket, count: int) -> None:
-    """Sends `count` bytes of the pattern, and the end."""
-    while count > 0:
-        part = PATTERN[: min(count, len(PATTERN))]
-        connection.sendall(part)
-        count -= len(part)
-    connection.shutdown(socket.SHUT_WR)
-
-
-def serve_one(connection: socket.socket) -> tuple[int, str]:
-    """The server's part of one exchange; returns what it received after the header."""
-    with connection:
-        connection.settimeout(60)
-        header = b""
-        while len(header) < HEADER.size:
-            header += connection.recv(HEADER.size - len(header))
-        server_first, _, mine = HEADER.unpack(header)
-        if server_first:
-            give(connection, mine)
-            return take(connection)
-        received = take(connection)
-        give(connection, mine)
-        return received
-
-
-def serve(listener: socket.socket, count: int, pool: ThreadPoolExecutor) -> list[tuple[int, str]]:
-    """`count` exchanges at once; results in no order."""
-    listener.settimeout(60)
-    waiting = [pool.submit(serve_one, listener.accept()[0]) for _ in range(count)]
-    return [each.result() for each in waiting]
-
-
-def ask_one(path: str, address: str, case: tuple[int, int, int]) -> tuple[int, str]:
-    """The client's part of one exchange."""
-    with connect(path, address, PORT, timeout=60) as connection:
-        connection.sendall(HEADER.pack(*case))
-        if case[0]:
-            received = take(connection)
-            give(connection, case[1])
-            return received
-        give(connection, case[1])
-        return take(connection)
-
-
-def exchange(
-    nodes: Nodes, target: str, cases: list[tuple[int, int, int]]
-) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+def talk(nodes: Nodes, target: str, family: int, cases: list[Case]) -> tuple[list[Taken], list[Taken]]:
     """All cases at once; what the clients received in order, what the server received sorted."""
     server = nodes[target]
-    with (
-        listen(server.path, server.address(4), PORT, backlog=512) as listener,
-        ThreadPoolExecutor(2 * len(cases) + 1) as pool,
-    ):
-        serving = pool.submit(serve, listener, len(cases), pool)
-        clients = [pool.submit(ask_one, nodes["client"].path, server.address(4), case) for case in cases]
-        return [each.result() for each in clients], sorted(serving.result())
+    address = (server.address(family), PORT)
+    return exchange(nodes["client"].path, address, server.path, address, cases)[:2]
 
 
-def test_two_hundred_at_once_as_without_the_mesh(tmp_path: Path) -> None:
+def two_hundred() -> list[Case]:
+    """Each order of ending with nothing, all of 8 MiB and a frame's bounds; the rest at random between them."""
     dice = random.Random(11)
-    sizes = [0, 1, 16375, 16384, 65536, 8 << 20]
+    most = 8 << 20
+    pairs = [(0, 0), (0, most), (most, 0), (most, most), (1, 0), (0, 1), (16375, 16384), (16384, 16375), (16376, 65536)]
+    cases = [(first, mine, theirs) for first in (0, 1) for mine, theirs in pairs]
+    while len(cases) < 200:
+        cases.append((len(cases) % 2, int(2 ** dice.uniform(0, 23)), int(2 ** dice.uniform(0, 23))))
+    return cases
 
-    def size(n: int) -> int:
-        return sizes[dice.randrange(6)] if n < 12 else int(2 ** dice.uniform(0, 21))
 
-    cases = [(n % 2, size(n), size(n)) for n in range(200)]
+@pytest.mark.parametrize("family", [4, 6])
+def test_two_hundred_at_once_as_without_the_mesh(tmp_path: Path, family: int) -> None:
+    cases = two_hundred()
     places = {"client": 0, "near": 0, "server": 1}
     with Nodes(tmp_path, places, engines=(False, False)) as plain:
-        expected = exchange(plain, "server", cases)
+        expected = talk(plain, "server", family, cases)
+    assert expected[0] == [taken(theirs) for _, _, theirs in cases]
     with Nodes(tmp_path, places, workers=2) as nodes:
         nodes.publish()
-        assert exchange(nodes, "server", cases) == expected
-        assert exchange(nodes, "near", cases) == expected
+        assert talk(nodes, "server", family, cases) == expected
+        assert talk(nodes, "near", family, cases) == expected
         client = nodes.clients[0]
         assert client is not None
         assert client.dump("connections") == []
@@ -182,43 +128,64 @@ def test_a_reset_is_the_same_error_at_the_same_side(
 
 
 def test_five_thousand_resets_beside_an_open_stream(tmp_path: Path) -> None:
-    def drop_all(listener: socket.socket, stop: threading.Event) -> None:
-        listener.settimeout(0.2)
-        while not stop.is_set():
-            try:
-                listener.accept()[0].close()
-            except OSError:
-                continue
+    """By turns the client and the server reset, each after both have heard from the other: no reset is lost unseen."""
+    count = 5000
+
+    def expect_reset(connection: socket.socket) -> None:
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+
+    def serve_all(listener: socket.socket) -> int:
+        for n in range(count):
+            accepted, _ = listener.accept()
+            with accepted:
+                accepted.settimeout(20)
+                assert accepted.recv(1) == b"?"
+                accepted.sendall(b"!")
+                if n % 2:
+                    assert accepted.recv(1) == b"."
+                    reset(accepted)
+                else:
+                    expect_reset(accepted)
+        listener.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+        return count
 
     with Nodes(tmp_path, {"client": 0, "server": 1}) as nodes:
         nodes.publish()
         server, path = nodes["server"], nodes["client"].path
-        stop = threading.Event()
         with (
             listen(server.path, server.address(4), PORT) as listener,
-            listen(server.path, server.address(4), PORT + 1, backlog=4096) as dropping,
+            listen(server.path, server.address(4), PORT + 1) as resetting,
+            ThreadPoolExecutor(1) as pool,
         ):
             neighbour = connect(path, server.address(4), PORT)
             other, _ = listener.accept()
-            thread = threading.Thread(target=drop_all, args=(dropping, stop))
-            thread.start()
+            serving = pool.submit(serve_all, resetting)
             with neighbour, other:
-                for n in range(5000):
-                    with suppress(ConnectionError), connect(path, server.address(4), PORT + 1) as made:
-                        made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                        made.sendall(b"x")
+                other.settimeout(20)
+                for n in range(count):
+                    with connect(path, server.address(4), PORT + 1) as made:
+                        made.sendall(b"?")
+                        assert made.recv(1) == b"!"
+                        if n % 2:
+                            made.sendall(b".")
+                            expect_reset(made)
+                        else:
+                            reset(made)
                     if n % 500 == 0:
                         neighbour.sendall(b"still here")
                         assert other.recv(100) == b"still here"
+                assert serving.result() == count
                 neighbour.sendall(b"and at the end")
                 assert other.recv(100) == b"and at the end"
-            stop.set()
-            thread.join()
-        client = nodes.clients[0]
-        assert client is not None
-        tunnels = [item for item in client.dump("tunnels") if item["direction"] == "outbound"]
-        assert len(tunnels) == 1, tunnels
-        assert not tunnels[0]["retired"]
+                for direction, client in zip(("outbound", "inbound"), nodes.clients, strict=True):
+                    assert client is not None
+                    (tunnel,) = client.dump("tunnels")
+                    assert (tunnel["direction"], tunnel["state"], tunnel["retired"]) == (direction, "open", False)
+                    assert tunnel["streams"] == 1
+                    assert opened(client.metrics(), "source" if direction == "outbound" else "destination") == count + 1
 
 
 # -- back-pressure ---------------------------------------------------------------------------------------------------

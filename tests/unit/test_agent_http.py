@@ -23,7 +23,8 @@ async def page(request: httpd.Request) -> httpd.Response:
         raise RuntimeError("boom")
     if request.path == "/none":
         return httpd.refuse(HTTPStatus.NOT_FOUND)
-    return httpd.Response(f"{request.path} {request.headers.get('host', '')}".encode())
+    query = "".join(f" {name}={value}" for name, value in sorted(request.query.items()))
+    return httpd.Response(f"{request.path} {request.headers.get('host', '')}{query}".encode())
 
 
 def asked(*requests: bytes) -> list[bytes]:
@@ -47,7 +48,10 @@ def asked(*requests: bytes) -> list[bytes]:
 @pytest.mark.parametrize(
     ("request_", "status", "body"),
     [
-        (b"GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n", b"200", b"/a x"),
+        (b"GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n", b"200", b"/a x b=c"),
+        (b"GET /a?b=%5Bfd00%3A%3A1%5D%3A80&c=&b2 HTTP/1.1\r\nHost: x\r\n\r\n", b"200", b"/a x b=[fd00::1]:80 b2= c="),
+        (b"GET /a?b=1&b=2 HTTP/1.1\r\nHost: x\r\n\r\n", b"200", b"/a x b=2"),
+        (b"GET /a?" + b"&".join([b"b=1"] * 20) + b" HTTP/1.1\r\nHost: x\r\n\r\n", b"400", b"Bad Request\n"),
         (b"HEAD /a HTTP/1.1\r\nHost: x\r\n\r\n", b"200", b""),
         (b"GET /none HTTP/1.1\r\n\r\n", b"404", b"Not Found\n"),
         (b"GET /fail HTTP/1.1\r\n\r\n", b"500", b"Internal Server Error\n"),

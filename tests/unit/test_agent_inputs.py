@@ -7,6 +7,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -50,6 +51,76 @@ def test_a_request_says_who_asks_and_nothing_else() -> None:
     names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     assert names.critical and names.value.get_values_for_type(x509.UniformResourceIdentifier) == [URI]
     assert request.is_signature_valid and not list(request.subject)
+
+
+def test_a_certificate_that_has_ended_is_refused() -> None:
+    authority, key = Ca(), ec.generate_private_key(ec.SECP256R1())
+    taken = ca.accept(URI, key, [authority.leaf(ca.signing_request(key, URI), URI), authority.root])
+    assert ca.current(taken, taken.not_after_s - 1) is taken
+    with pytest.raises(CertificateError, match="ended 5 s ago"):
+        ca.current(taken, taken.not_after_s + 5)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_channel_that_is_replaced_ends_the_request_and_not_the_task(when: str) -> None:
+    """The agent's task asks again later; only its own cancellation ends it."""
+
+    async def run() -> None:
+        server = grpc.aio.server()
+        heard = asyncio.Event()
+
+        async def never(request: bytes, context: Any) -> bytes:
+            heard.set()
+            await asyncio.Event().wait()
+            return b""
+
+        service, _, method = ca.METHOD[1:].partition("/")
+        handler = grpc.unary_unary_rpc_method_handler(never)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+
+        async def same(_: bool) -> grpc.aio.Channel:
+            return channel
+
+        authority = ca.Authority(same, None, "Kubernetes")
+        try:
+            async with asyncio.timeout(20):
+                if when == "before":
+                    await channel.close(None)
+                    with pytest.raises(CertificateError, match="was replaced"):
+                        await authority.issue(URI)
+                    return
+
+                async def ask() -> None:
+                    with pytest.raises(CertificateError, match="was replaced"):
+                        await authority.issue(URI)
+
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(ask())
+                    await heard.wait()
+                    await channel.close(None)
+        finally:
+            await server.stop(None)
+
+    asyncio.run(run())
+
+
+def test_a_request_that_is_cancelled_is_cancelled() -> None:
+    async def run() -> None:
+        waiting: asyncio.Future[grpc.aio.Channel] = asyncio.get_running_loop().create_future()
+
+        async def never(_: bool) -> grpc.aio.Channel:
+            return await waiting
+
+        async with asyncio.TaskGroup() as group:
+            asked = group.create_task(ca.Authority(never, None, "Kubernetes").issue(URI))
+            await asyncio.sleep(0)
+            asked.cancel()
+        assert asked.cancelled()
+
+    asyncio.run(run())
 
 
 def test_a_good_answer_is_taken() -> None:

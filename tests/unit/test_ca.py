@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import itertools
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from cryptography.x509.verification import PolicyBuilder, Store
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from sidestep.control import authority, objects, roots
 from sidestep.control.authority import Authority, AuthorityError, RequestError
@@ -28,6 +29,7 @@ from sidestep.control.records import Mesh
 from sidestep.control.translate import Cluster
 from sidestep.kube.client import KubeClient, KubeError
 from sidestep.model import Identity
+from tests.harness.authorities import key_pem, pem, signed_ca, with_intermediate
 from tests.harness.control import bearer, certificate, signing_request
 from tests.harness.kubernetes import Kubernetes, kubernetes, refusal
 
@@ -46,61 +48,6 @@ def chained(chain: list[str]) -> list[x509.Certificate]:
     store = Store(x509.load_pem_x509_certificates(chain[-1].encode()))
     verifier = PolicyBuilder().store(store).build_client_verifier()
     return list(verifier.verify(read(chain[0]), [read(each) for each in chain[1:-1]]).chain)
-
-
-def with_intermediate() -> Authority:
-    """An authority as an operator brings it: a root that stays away, an intermediate, and the CA."""
-    root = authority.new("corp", NOW)
-    middle, middle_key = signed_ca("middle", root.certificate, root.key)
-    ca, ca_key = signed_ca("ca", middle, middle_key)
-    chain = "".join(pem(each) for each in (ca, middle, root.certificate))
-    files = {
-        "ca-cert.pem": pem(ca),
-        "ca-key.pem": key_pem(ca_key),
-        "cert-chain.pem": chain,
-        "root-cert.pem": root.roots_pem,
-    }
-    return authority.load(files, NOW)
-
-
-def signed_ca(
-    name: str,
-    issuer: x509.Certificate,
-    key: authority.PrivateKey,
-    start: float = NOW - 60,
-    end: float = NOW + 86400 * 9,
-) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    own = ec.generate_private_key(ec.SECP256R1())
-    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]))
-        .issuer_name(issuer.subject)
-        .public_key(own.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.fromtimestamp(start, UTC))
-        .not_valid_after(datetime.fromtimestamp(end, UTC))
-        .add_extension(x509.BasicConstraints(True, None), True)
-        .add_extension(usage, True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(own.public_key()), False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(_public(issuer)), False)
-    )
-    return builder.sign(key, hashes.SHA256()), own
-
-
-def _public(of: x509.Certificate) -> ec.EllipticCurvePublicKey:
-    key = of.public_key()
-    assert isinstance(key, ec.EllipticCurvePublicKey)
-    return key
-
-
-def pem(of: x509.Certificate) -> str:
-    return of.public_bytes(serialization.Encoding.PEM).decode()
-
-
-def key_pem(key: Any) -> str:
-    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return str(key.private_bytes(*form).decode())
 
 
 def test_what_a_leaf_says() -> None:
@@ -148,6 +95,44 @@ def test_a_bundle_of_roots_is_passed_on_whole() -> None:
     chain = authority.load(files, NOW).leaf(signing_request(), WEB, 3600, NOW)
     assert x509.load_pem_x509_certificates(chain[-1].encode()) == [new.certificate, old.certificate]
     assert len(chained(chain)) == 2
+
+
+def test_no_leaf_outlives_what_vouches_for_it() -> None:
+    """The CA of a chain may be good for longer than what is above it."""
+    root = authority.new("corp", NOW)
+    middle, middle_key = signed_ca("middle", root.certificate, root.key, end=NOW + 600)
+    ca, ca_key = signed_ca("ca", middle, middle_key)
+    files = {
+        "ca-cert.pem": pem(ca),
+        "ca-key.pem": key_pem(ca_key),
+        "cert-chain.pem": pem(ca) + pem(middle),
+        "root-cert.pem": authority.new("other", NOW).roots_pem + root.roots_pem,
+    }
+    made = authority.load(files, NOW)
+    assert made.under() == root.certificate  # not the first of the bundle
+    chain = made.leaf(signing_request(), WEB, 3600, NOW)
+    assert read(chain[0]).not_valid_after_utc == middle.not_valid_after_utc
+    with pytest.raises(RequestError, match="has ended"):
+        made.leaf(signing_request(), WEB, 3600, NOW + 601)
+
+
+def test_overlapping_roots() -> None:
+    """A root is replaced in three steps; neighbours in time trust each other at every one of them."""
+    old, new = authority.new("a", NOW), with_intermediate()
+    both = old.roots_pem + new.roots_pem
+    steps = [
+        old,
+        authority.load(old.files() | {"root-cert.pem": both}, NOW),
+        authority.load(new.files() | {"root-cert.pem": both}, NOW),
+        authority.load(new.files(), NOW),
+    ]
+    chains = [step.leaf(signing_request(), WEB, 3600, NOW) for step in steps]
+    assert [len(x509.load_pem_x509_certificates(chain[-1].encode())) for chain in chains] == [1, 2, 2, 1]
+    for before, after in itertools.pairwise(chains):
+        chained([*before[:-1], after[-1]])
+        chained([*after[:-1], before[-1]])
+    with pytest.raises(VerificationError):
+        chained([*chains[3][:-1], chains[0][-1]])
 
 
 def test_files_and_back() -> None:
@@ -406,7 +391,7 @@ async def served(case: Case, ca: Authority) -> AsyncIterator[grpc.aio.Channel]:
         for each in case.pods.values() if case.known else ():
             mesh.pod(f"{each['metadata']['namespace']}/{each['metadata']['name']}", objects.pod_of(each))
         gate = Gate(client, mesh, ["istio-system/ztunnel", "istio-system/sidestep-agent"])
-        service = Certificates(gate, ca, case.trust_domain, 86400, Metrics())
+        service = Certificates(gate, roots.Current(ca), case.trust_domain, 86400, Metrics())
         server = grpc.aio.server()
         server.add_generic_rpc_handlers((service.handlers(),))
         port = server.add_insecure_port("127.0.0.1:0")
@@ -600,7 +585,7 @@ def test_api_that_cannot_be_asked(capfd: pytest.CaptureFixture[str]) -> None:
         async with asyncio.timeout(HANG_S), kubernetes() as api, api.client() as client:
             api.answers = lambda method, path, body: (503, "away")
             gate = Gate(client, Mesh(Cluster(), "istio-system"), ["istio-system/ztunnel"])
-            service = Certificates(gate, authority.new("x", NOW), "cluster.local", 86400, Metrics())
+            service = Certificates(gate, roots.Current(authority.new("x", NOW)), "cluster.local", 86400, Metrics())
             server = grpc.aio.server()
             server.add_generic_rpc_handlers((service.handlers(),))
             port = server.add_insecure_port("127.0.0.1:0")

@@ -250,6 +250,59 @@ async def test_reflector_lists_again_when_the_version_is_gone(api: Kubernetes, c
     assert seen.reflector.items == {"a": "1", "b": "2", "c": "1"}
 
 
+def test_reflector_of_a_kind_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its definition may come later, and an API that starts up may deny for a while what it has."""
+    monkeypatch.setattr(watch, "ABSENT_S", 0.0)
+
+    @on_api
+    async def optional(api: Kubernetes, client: KubeClient) -> None:
+        changes: list[tuple[str, str | None, str | None]] = []
+        there: Reflector[str] = Reflector(
+            client,
+            THINGS,
+            lambda obj: str(obj.get("value", "")),
+            lambda *change: changes.append(change),
+            optional=True,
+        )
+        never: Reflector[str] = Reflector(client, THINGS, str, lambda *_: None)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each.run(), name="reflector") for each in (there, never)]
+            await there.synced.wait()
+            assert not there.items and there.failed is None
+            while never.failed is None:
+                await asyncio.sleep(0.01)
+            assert not never.synced.is_set()  # the control: one that must be there
+            api.watches[THINGS] = [[410, {"code": 410, "reason": "Expired"}]] * 2
+            api.answers = lambda method, path, body: listing(7, a="1")
+            while not there.items:
+                await asyncio.sleep(0.01)
+            api.answers = lambda method, path, body: None
+            while there.failed is None:
+                await asyncio.sleep(0.01)
+            assert there.items == {"a": "1"} and changes == [("a", None, "1")]  # a 404 takes nothing away
+            for task in tasks:
+                task.cancel()
+
+    optional()
+
+
+def test_a_kind_that_is_not_there_for_a_moment_is_waited_for() -> None:
+    @on_api
+    async def moment(api: Kubernetes, client: KubeClient) -> None:
+        reflector: Reflector[str] = Reflector(client, THINGS, str, lambda *_: None, optional=True)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(reflector.run(), name="reflector")
+            while reflector.failed is None:
+                await asyncio.sleep(0.01)
+            assert not reflector.synced.is_set()
+            api.answers = lambda method, path, body: listing(7, a="1")
+            await reflector.synced.wait()
+            assert reflector.items
+            task.cancel()
+
+    moment()
+
+
 @on_api
 async def test_reflector_outlives_an_api_that_does_not(api: Kubernetes, client: KubeClient) -> None:
     replies = [(503, "starting"), (403, refusal("Forbidden", "no")), listing(7, a="1")]

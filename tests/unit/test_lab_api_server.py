@@ -8,11 +8,23 @@ from typing import Any
 import aiohttp
 import pytest
 
-from sidestep.lab.api import watches
+from sidestep.lab.api import registry, watches
+from sidestep.lab.api.resources import EVENT
 from tests.harness.lab_api import ADMIN, GUARD_S, PODS, Api, node, pod, running, with_api
 
 TOKENS = "/api/v1/namespaces/default/serviceaccounts/default/token"
 REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"
+
+
+EVENTS = "/api/v1/namespaces/default/events"
+POLICIES = "/apis/security.istio.io/v1/namespaces/default/authorizationpolicies"
+PEERS = "/apis/security.istio.io/v1/namespaces/default/peerauthentications"
+
+
+def happening(name: str) -> dict[str, Any]:
+    """An Event."""
+    about = {"kind": "Pod", "namespace": "default", "name": "p", "apiVersion": "v1"}
+    return {"metadata": {"name": name}, "involvedObject": about, "reason": "Failed", "message": "x", "type": "Warning"}
 
 
 # -- who may -------------------------------------------------------------------------------------------------------
@@ -50,6 +62,12 @@ async def test_accounts_may_do_what_their_role_says(api: Api) -> None:
         ("POST", TOKENS, {"spec": {}}, 403, 403),
         ("POST", REVIEWS, {"spec": {"token": "x"}}, 403, 403),
         ("GET", "/api/v1", None, 200, 200),
+        ("POST", EVENTS, happening("e"), 201, 403),
+        ("PATCH", f"{EVENTS}/e", {"count": 2}, 200, 403),
+        ("GET", EVENTS, None, 403, 403),
+        ("DELETE", f"{EVENTS}/e", None, 403, 403),
+        ("GET", POLICIES, None, 403, 403),
+        ("POST", POLICIES, {"metadata": {"name": "p"}, "spec": {}}, 403, 403),
     ]
     for method, path, body, agent, other in asked:
         for name, wanted in (("agent", agent), ("default", other)):
@@ -248,6 +266,82 @@ async def test_finalizers_hold_an_object(api: Api) -> None:
     patch = {"metadata": {"finalizers": None}}
     await api.ask("PATCH", f"{maps}/c", patch, content_type="application/merge-patch+json")
     assert (await api.ask("GET", f"{maps}/c"))[0] == 404
+
+
+# -- policies and Events --------------------------------------------------------------------------------------------
+
+
+@with_api()
+async def test_policies_have_a_status_of_their_own_and_a_generation(api: Api) -> None:
+    merge = {"content_type": "application/merge-patch+json"}
+    for path, kind in ((POLICIES, "AuthorizationPolicy"), (PEERS, "PeerAuthentication")):
+        made = await api.make(path, {"metadata": {"name": "p"}, "spec": {"odd": [1]}, "status": {"conditions": [1]}})
+        assert (made["kind"], made["apiVersion"]) == (kind, "security.istio.io/v1")
+        assert made["metadata"]["generation"] == 1 and "status" not in made
+        said = {"status": {"conditions": [{"type": "a"}]}, "spec": {"odd": []}}
+        code, answer = await api.ask("PATCH", f"{path}/p/status", said, **merge)
+        assert code == 200 and answer["status"] == said["status"] and answer["spec"] == {"odd": [1]}
+        assert answer["metadata"]["generation"] == 1
+        code, answer = await api.ask("PATCH", f"{path}/p", said, **merge)
+        assert answer["spec"] == {"odd": []} and answer["metadata"]["generation"] == 2
+        assert answer["status"] == said["status"]
+        stale = {"metadata": {"resourceVersion": made["metadata"]["resourceVersion"]}, "status": {}}
+        code, answer = await api.ask("PATCH", f"{path}/p/status", stale, **merge)
+        assert code == 409 and answer["reason"] == "Conflict"
+        code, answer = await api.ask("POST", path, {"metadata": {"name": "q"}, "spec": "x"})
+        assert code == 422 and "spec" in answer["message"]
+        code, answer = await api.ask("POST", path, {"metadata": {"name": "q"}, "spec": {}, "rules": []})
+        assert code == 422 and "rules" in answer["message"]
+
+
+@with_api()
+async def test_an_older_version_is_the_same_objects(api: Api) -> None:
+    old = POLICIES.replace("/v1/", "/v1beta1/")
+    body = {"apiVersion": "security.istio.io/v1beta1", "kind": "AuthorizationPolicy", "metadata": {"name": "p"}}
+    made = await api.make(old, body)
+    for path, version in ((POLICIES, "security.istio.io/v1"), (old, "security.istio.io/v1beta1")):
+        assert (await api.ask("GET", f"{path}/p"))[1] == made | {"apiVersion": version}
+        _, listed = await api.ask("GET", path)
+        assert {each["apiVersion"] for each in (listed, *listed["items"])} == {version}
+    code, answer = await api.ask("PUT", f"{old}/p", made)
+    assert code == 200 and answer == made  # the same in both: nothing was changed
+    code, answer = await api.ask("POST", POLICIES, body | {"apiVersion": "security.istio.io/v1alpha1"})
+    assert code == 400 and "v1alpha1" in answer["message"]
+    _, groups = await api.ask("GET", "/apis")
+    [found] = [each for each in groups["groups"] if each["name"] == "security.istio.io"]
+    assert [each["version"] for each in found["versions"]] == ["v1", "v1beta1"]
+    assert found["preferredVersion"]["version"] == "v1"
+    assert (await api.ask("GET", "/apis/security.istio.io"))[1]["versions"] == found["versions"]
+    for version in ("v1", "v1beta1"):
+        _, served = await api.ask("GET", f"/apis/security.istio.io/{version}")
+        names = [each["name"] for each in served["resources"]]
+        assert names == [
+            *("authorizationpolicies", "authorizationpolicies/status"),
+            *("peerauthentications", "peerauthentications/status"),
+        ]
+    assert len({each["name"] for each in groups["groups"]}) == len(groups["groups"])
+
+
+@with_api()
+async def test_policies_are_watched(api: Api) -> None:
+    made = await api.make(POLICIES, {"metadata": {"name": "p"}, "spec": {}})
+    version = made["metadata"]["resourceVersion"]
+    watch = f"{api.url}/apis/security.istio.io/v1/authorizationpolicies?watch=true&resourceVersion={version}"
+    async with api.session.get(watch, headers={"Authorization": f"Bearer {ADMIN}"}) as answer:
+        await api.make(PEERS, {"metadata": {"name": "other"}, "spec": {}})
+        await api.make(POLICIES, {"metadata": {"name": "q"}, "spec": {}})
+        await api.ask("DELETE", f"{POLICIES}/p")
+        seen = [(each["type"], each["object"]["metadata"]["name"]) for each in await _events(answer, 2)]
+    assert seen == [("ADDED", "q"), ("DELETED", "p")]
+
+
+@with_api()
+async def test_of_events_the_newest_are_kept(api: Api) -> None:
+    for number in range(registry.EVENTS + 5):
+        api.registry.create(EVENT, "default", happening(f"e{number}"))
+    _, answer = await api.ask("GET", EVENTS)
+    names = {each["metadata"]["name"] for each in answer["items"]}
+    assert len(names) == registry.EVENTS and "e4" not in names and {"e5", f"e{registry.EVENTS + 4}"} <= names
 
 
 # -- watches -------------------------------------------------------------------------------------------------------

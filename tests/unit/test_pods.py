@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 
-from sidestep.node.pods import Verdict, eligible, namespace_of, pod_of, spiffe, uid_of_cgroup, workload_name
+from sidestep.node.pods import (
+    PROBED_PORTS,
+    Verdict,
+    eligible,
+    namespace_of,
+    pod_of,
+    spiffe,
+    uid_of_cgroup,
+    workload_name,
+)
 
 UID = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
 
@@ -73,6 +82,54 @@ def test_who_may_send_raw_packets(context: Any, raw: bool) -> None:
     assert pod_of(pod(containers=[container])).raw is raw
     dropped = {"name": "d", "securityContext": {"capabilities": {"drop": ["ALL"]}}}
     assert pod_of(pod(containers=[dropped], initContainers=[container])).raw is raw
+
+
+PORTS = [{"name": "web", "containerPort": 8080}, {"name": "9", "containerPort": 9090}, {"containerPort": 7}]
+
+
+@pytest.mark.parametrize(
+    ("container", "ports"),
+    [
+        ({}, ()),
+        ({"readinessProbe": {"httpGet": {"path": "/", "port": 8081}}}, (8081,)),
+        ({"livenessProbe": {"tcpSocket": {"port": 8082}}}, (8082,)),
+        ({"startupProbe": {"grpc": {"port": 8083, "service": "x"}}}, (8083,)),
+        (
+            {"lifecycle": {"postStart": {"httpGet": {"port": 8084}}, "preStop": {"httpGet": {"port": 8085}}}},
+            (8084, 8085),
+        ),
+        ({"lifecycle": {"preStop": {"exec": {"command": ["true"]}}}}, ()),
+        ({"readinessProbe": {"exec": {"command": ["true"]}}}, ()),
+        ({"readinessProbe": {"httpGet": {"port": "web"}}}, (8080,)),
+        ({"readinessProbe": {"httpGet": {"port": "9"}}}, (9090,)),
+        ({"readinessProbe": {"httpGet": {"port": "81"}}}, (81,)),
+        ({"readinessProbe": {"httpGet": {"port": "none"}}}, ()),
+        ({"readinessProbe": {"httpGet": {"port": 8081, "host": "192.0.2.1"}}}, ()),
+        ({"readinessProbe": {"httpGet": {"port": 8081}}, "livenessProbe": {"httpGet": {"port": 8081}}}, (8081,)),
+        ({"readinessProbe": {"httpGet": {"port": 15008}}, "livenessProbe": {"tcpSocket": {"port": 15007}}}, (15007,)),
+        ({"readinessProbe": {"httpGet": {}}, "livenessProbe": {"tcpSocket": None}, "startupProbe": None}, ()),
+    ],
+)
+def test_which_ports_are_probed(container: Any, ports: tuple[int, ...]) -> None:
+    other = {"name": "other", "livenessProbe": {"tcpSocket": {"port": 1}}}
+    whole = {"name": "c", "ports": PORTS} | container
+    assert pod_of(pod(containers=[whole])).probed == ports
+    assert pod_of(pod(initContainers=[whole])).probed == ports
+    assert pod_of(pod(containers=[whole, other])).probed == (1, *ports)
+
+
+@pytest.mark.parametrize(
+    "port", [0, -1, 65536, 1.5, True, None, [], "", "0", "65536", "-1", "\uff11", "99999999999999"]
+)
+def test_a_port_that_makes_no_sense_is_not_probed(port: Any) -> None:
+    assert pod_of(pod(containers=[{"name": "c", "readinessProbe": {"httpGet": {"port": port}}}])).probed == ()
+    good = {"name": "d", "readinessProbe": {"httpGet": {"port": 80}}}
+    assert pod_of(pod(containers=[{"name": "c", "readinessProbe": {"httpGet": {"port": port}}}, good])).probed == (80,)
+
+
+def test_there_is_a_bound_of_probed_ports() -> None:
+    many = [{"name": f"c{n}", "readinessProbe": {"tcpSocket": {"port": 1000 + n}}} for n in range(100)]
+    assert len(pod_of(pod(containers=many)).probed) == PROBED_PORTS
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def findings() -> list[Finding]:
     """Everything that `check` looks at, in the order in which it matters."""
     found = [kernel(), *privileges(), bpffs()]
     found += bpf_features()
-    found += [cgroup2(), descriptors(), *tools(), *other_meshes(), *ports()]
+    found += [cgroup2(), kubelet(), descriptors(), *tools(), *other_meshes(), *ports()]
     return found
 
 
@@ -97,6 +97,22 @@ def cgroup2() -> Finding:
     return Finding(
         "cgroup2", "warn", "not mounted", "the lab's probes need it: mount -t cgroup2 none /sys/fs/cgroup/unified"
     )
+
+
+def kubelet() -> Finding:
+    """The kubelet's own cgroup2 directory, by which its probes are told from other clear text."""
+    try:
+        from sidestep.node.probes import NoCgroup, search
+    except ImportError as error:
+        return Finding("kubelet", "warn", f"the extension is not built: {error}", "run `make build`")
+    try:
+        return Finding("kubelet", "ok", f"in {search().directory}")
+    except NoCgroup as error:
+        if error.absent:
+            return Finding("kubelet", "ok", "none runs here")
+        return Finding("kubelet", "warn", str(error), "give the agent --kubelet-cgroup DIR, else STRICT refuses probes")
+    except OSError as error:
+        return Finding("kubelet", "warn", str(error), "ask again")
 
 
 def descriptors() -> Finding:

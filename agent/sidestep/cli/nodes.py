@@ -14,6 +14,8 @@ from typing import Any
 RUN = Path("/run/sidestep")
 SOCKET = "agent.sock"
 TIMEOUT_S = 10.0
+CONTROL_PORT = 15014
+CONTROL_S = 5.0
 
 
 class NodeError(Exception):
@@ -62,6 +64,56 @@ def find(lab: str = "", run_dirs: Iterable[Path] = ()) -> list[Node]:
             f"no agent's socket {where}; is this a node of the mesh? (`sidestep lab up` makes a cluster here)"
         )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """An agent that answered, by its node's name."""
+
+    node: Node
+    name: str
+    status: dict[str, Any]
+
+
+def asked(nodes: Iterable[Node]) -> tuple[list[Answering], list[str]]:
+    """The agents that answer, and why the others do not."""
+    found, problems = [], []
+    for node in nodes:
+        try:
+            status = node.ask("/status")
+            found.append(Answering(node, str(status["node"]), status))
+        except (NodeError, KeyError) as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def one_mesh(agents: Iterable[Answering]) -> None:
+    """Raises NodeError where the agents belong to several labs: what is asked has one answer in each."""
+    labs = sorted({agent.node.lab for agent in agents})
+    if len(labs) > 1:
+        raise NodeError(f"there are several labs here ({', '.join(labs)}): say which with --lab NAME")
+
+
+def control_addresses(agents: Iterable[Answering]) -> list[str]:
+    """The control planes that the agents speak with, HOST:PORT."""
+    return sorted({str((agent.status.get("control") or {}).get("address") or "") for agent in agents} - {""})
+
+
+def control_status(address: str) -> dict[str, Any]:
+    """The /status page of the control plane that agents reach at `address` (HOST:PORT). Raises NodeError."""
+    host = address.rpartition(":")[0].strip("[]")
+    connection = http.client.HTTPConnection(host, CONTROL_PORT, timeout=CONTROL_S)
+    try:
+        connection.request("GET", "/status")
+        response = connection.getresponse()
+        body = response.read()
+        if response.status != 200:
+            raise NodeError(f"the control plane at {host}:{CONTROL_PORT} answered {response.status}")
+        return dict(json.loads(body))
+    except (OSError, http.client.HTTPException, ValueError, TypeError) as error:
+        raise NodeError(f"the control plane at {host}:{CONTROL_PORT} cannot be asked: {error}") from error
+    finally:
+        connection.close()
 
 
 class _UnixConnection(http.client.HTTPConnection):

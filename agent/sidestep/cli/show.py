@@ -7,19 +7,20 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from sidestep.cli.nodes import Node, NodeError, find
-
-Row = Mapping[str, Any]
-Columns = dict[str, Callable[[Row], Any]]
+from sidestep.cli.nodes import Node, NodeError, control_status, find
+from sidestep.cli.table import Columns, Row, duration, listed, size, table
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", noun: str, line: str) -> None:
     """Adds one noun."""
-    parser = subparsers.add_parser(noun, help=line, description=line)
+    add_options(subparsers.add_parser(noun, help=line, description=line))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every question to the agents takes."""
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument(
         "--lab", default="", metavar="NAME", help="the nodes of one lab (default: this node, or every lab)"
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         json.dump(rows, sys.stdout, indent=2)
         print()
     else:
-        _table(COLUMNS[args.part], rows, f"no {args.part}")
+        table(COLUMNS[args.part], rows, f"no {args.part}")
     return _complain(args.part, problems)
 
 
@@ -77,7 +78,7 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
         json.dump(found, sys.stdout, indent=2)
         print()
         return _complain("status", problems)
-    _table(
+    table(
         {
             "NODE": lambda row: _node(row),
             "READY": lambda row: "yes" if row["ready"] else "no: " + ", ".join(row["pending"]),
@@ -88,7 +89,8 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
             "PODS": lambda row: row["pods"]["total"],
             "ENROLLED": lambda row: row["pods"]["enrolled"],
             "PENDING": lambda row: row["pods"]["pending"],
-            "UP": lambda row: _duration(row["uptime_s"]),
+            "PROBES": lambda row: "exempt" if row["probes"]["active"] else "not exempt",
+            "UP": lambda row: duration(row["uptime_s"]),
         },
         found,
         "no nodes",
@@ -96,10 +98,15 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
     outside = [row | {"node": _node(status)} for status in found for row in status["pod_list"] if not row["enrolled"]]
     if outside:
         print("\nnot enrolled:")
-        _table({"POD": _pod, "NODE": lambda row: row["node"], "WHY": _why}, outside, "")
-    refused = [row["control"].get("rejected") for row in found if row["control"].get("rejected")]
-    for rejection in refused:
-        print(f"\nthe control plane's last update was refused in part: {rejection}")
+        table({"POD": _pod, "NODE": lambda row: row["node"], "WHY": _why}, outside, "")
+    for row in found:
+        if row["control"].get("rejected"):
+            print(f"\n{_node(row)} refused a part of the control plane's updates: {row['control']['rejected']}")
+    for address in sorted({str(row["control"].get("address") or "") for row in found} - {""}):
+        _refused_policies(address)
+    for row in found:
+        if not row["probes"]["active"]:
+            print(f"\n{_node(row)}: the kubelet's probes are clear text like any other: {row['probes']['reason']}")
     raw = sum(row["pods"]["raw"] for row in found)
     if raw:
         print(
@@ -107,6 +114,20 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
             "(docs/threat-model.md; `sidestep pods` names them; drop the capability in the pod)"
         )
     return _complain("status", problems)
+
+
+def _refused_policies(address: str) -> None:
+    """Policies that the control plane did not take as they are written. One that cannot be asked is the agents' to
+    complain about.
+    """
+    try:
+        policies = control_status(address).get("policies") or []
+    except NodeError:
+        return
+    refused = [row for row in policies if not row.get("accepted")]
+    if refused:
+        print("\npolicies that are not in force as they are written (`sidestep policies` says why):")
+        table({"POLICY": _pod, "KIND": lambda row: row.get("kind"), "WHY": lambda row: row.get("message")}, refused, "")
 
 
 def _node(row: Row) -> str:
@@ -131,36 +152,13 @@ def _control(control: Row) -> str:
     return f"{address}: not connected" + (f" ({control['error']})" if control.get("error") else "")
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    seconds = int(seconds)
-    for size, letter in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= 2 * size:
-            return f"{seconds // size}{letter}"
-    return f"{seconds}s"
-
-
-def _list(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "-")
-
-
-def _bytes(count: Any) -> str:
-    number = float(count or 0)
-    for unit in ("B", "K", "M", "G"):
-        if number < 1024 or unit == "G":
-            return f"{number:.0f}{unit}" if unit == "B" else f"{number:.1f}{unit}"
-        number /= 1024
-    return ""
-
-
 def _ports(row: Row) -> str:
     ports = row.get("ports") or {}
-    return _list([port for port in (ports.get(name) for name in ("outbound", "inbound", "hbone")) if port])
+    return listed([port for port in (ports.get(name) for name in ("outbound", "inbound", "hbone")) if port])
 
 
 def _ends(row: Row) -> str:
-    return f"in {_duration(row['not_after'] - time.time())}" if row.get("not_after") else "-"
+    return f"in {duration(row['not_after'] - time.time())}" if row.get("not_after") else "-"
 
 
 COLUMNS: dict[str, Columns] = {
@@ -169,7 +167,7 @@ COLUMNS: dict[str, Columns] = {
         "NODE": _node,
         "MODE": lambda row: row["mode"],
         "IDENTITY": lambda row: row.get("identity") or "-",
-        "ADDRESSES": lambda row: _list(row.get("addresses")),
+        "ADDRESSES": lambda row: listed(row.get("addresses")),
         "OLD": lambda row: row.get("old_connections", 0),
         "OPEN": lambda row: row.get("connections", 0),
         "PORTS HELD": _ports,
@@ -178,18 +176,18 @@ COLUMNS: dict[str, Columns] = {
     },
     "workloads": {
         "WORKLOAD": _pod,
-        "ADDRESSES": lambda row: _list(row.get("workloadIps")),
+        "ADDRESSES": lambda row: listed(row.get("workloadIps")),
         "PROTOCOL": lambda row: row.get("protocol", "-"),
         "HEALTH": lambda row: row.get("status", "-"),
         "NODE": lambda row: row.get("node", "-"),
         "SERVICE ACCOUNT": lambda row: row.get("serviceAccount") or "default",
-        "SERVICES": lambda row: _list(sorted(row.get("services") or {})),
+        "SERVICES": lambda row: listed(sorted(row.get("services") or {})),
     },
     "services": {
         "SERVICE": _pod,
         "HOSTNAME": lambda row: row.get("hostname", "-"),
-        "VIPS": lambda row: _list([str(vip).rpartition("/")[2] for vip in row.get("vips") or []]),
-        "PORTS": lambda row: _list([f"{port}->{target}" for port, target in (row.get("ports") or {}).items()]),
+        "VIPS": lambda row: listed([str(vip).rpartition("/")[2] for vip in row.get("vips") or []]),
+        "PORTS": lambda row: listed([f"{port}->{target}" for port, target in (row.get("ports") or {}).items()]),
         "ENDPOINTS": lambda row: len(row.get("endpoints") or {}),
     },
     "certificates": {
@@ -197,7 +195,7 @@ COLUMNS: dict[str, Columns] = {
         "NODE": _node,
         "STATE": lambda row: row["state"],
         "ENDS": _ends,
-        "RENEWED": lambda row: f"in {_duration(row.get('renews_in_s'))}",
+        "RENEWED": lambda row: f"in {duration(row.get('renews_in_s'))}",
         "SERIAL": lambda row: str(row.get("serial") or "-")[:20],
         "ERROR": lambda row: row.get("error") or "",
     },
@@ -211,19 +209,8 @@ COLUMNS: dict[str, Columns] = {
         "PROTOCOL": lambda row: row.get("protocol", "-"),
         "TLS": lambda row: "yes" if row.get("tls") else "no",
         "PEER": lambda row: row.get("identity_peer") or "-",
-        "SENT": lambda row: _bytes(row.get("bytes_sent")),
-        "RECEIVED": lambda row: _bytes(row.get("bytes_recv")),
-        "AGE": lambda row: _duration((row.get("age_ms") or 0) / 1000),
+        "SENT": lambda row: size(row.get("bytes_sent")),
+        "RECEIVED": lambda row: size(row.get("bytes_recv")),
+        "AGE": lambda row: duration((row.get("age_ms") or 0) / 1000),
     },
 }
-
-
-def _table(columns: Columns, rows: Iterable[Row], empty: str) -> None:
-    """Columns as wide as their longest cell, empty columns left out."""
-    cells = [[str(column(row)) for column in columns.values()] for row in rows]
-    if not cells:
-        print(empty)
-        return
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(columns)]
-    for line in [list(columns), *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -73,6 +73,14 @@ class Authority:
         )
         return private, "".join([_pem(leaf), *(_pem(each) for each in self.chain)]).encode()
 
+    def under(self) -> x509.Certificate:
+        """The root that the chain leads to."""
+        top = self.chain[-1] if self.chain else self.certificate
+        for root in x509.load_pem_x509_certificates(self.roots_pem.encode()):
+            if root == top or _issued(top, root):
+                return root
+        raise AssertionError("checked by load")
+
     def files(self) -> dict[str, str]:
         """As PEM by file name, for `load`. The private key is in it."""
         private = self.key.private_bytes(
@@ -93,9 +101,13 @@ class Authority:
         lifetime_s: int,
         now_s: float,
     ) -> x509.Certificate:
+        """Never valid longer than anything that it depends on."""
         now = datetime.fromtimestamp(int(now_s), UTC)
         start = now - timedelta(seconds=min(BACKDATE_S, lifetime_s // 10))
-        end = min(now + timedelta(seconds=lifetime_s), self.certificate.not_valid_after_utc)
+        ends = [each.not_valid_after_utc for each in (self.certificate, *self.chain, self.under())]
+        end = min(now + timedelta(seconds=lifetime_s), *ends)
+        if end <= now:
+            raise RequestError("the authority, or what vouches for it, has ended")
         builder = (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -203,14 +215,16 @@ def load(files: Mapping[str, str], now_s: float) -> Authority:
 
 def _check_path(path: list[x509.Certificate], roots: list[x509.Certificate]) -> None:
     for certificate, issuers in zip(path, [*([each] for each in path[1:]), roots], strict=True):
-        for issuer in issuers:
-            try:
-                certificate.verify_directly_issued_by(issuer)
-                break
-            except (ValueError, TypeError, InvalidSignature):
-                continue
-        else:
+        if not any(_issued(certificate, issuer) for issuer in issuers):
             raise AuthorityError("ca-cert.pem and cert-chain.pem do not lead to root-cert.pem")
+
+
+def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _usage(*, sign: bool, wrap: bool) -> x509.KeyUsage:

@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 import grpc
 
 from sidestep.control import log
-from sidestep.control.authority import Authority, RequestError
+from sidestep.control.authority import RequestError
 from sidestep.control.callers import Denied, Gate, Unauthenticated, Unavailable
 from sidestep.control.metrics import Metrics
+from sidestep.control.roots import Current
 from sidestep.model import Identity, IdentityError
 from sidestep.wire.pb import citadel_pb2
 
@@ -28,9 +29,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class Certificates:
     """The gRPC service."""
 
-    def __init__(self, gate: Gate, authority: Authority, trust_domain: str, max_ttl_s: int, metrics: Metrics) -> None:
+    def __init__(self, gate: Gate, current: Current, trust_domain: str, max_ttl_s: int, metrics: Metrics) -> None:
         self._gate = gate
-        self._authority = authority
+        self._current = current
         self._trust_domain = trust_domain
         self._max_ttl_s = max_ttl_s
         self._metrics = metrics
@@ -61,7 +62,7 @@ class Certificates:
             lifetime_s = min(request.validity_duration, self._max_ttl_s)
             if lifetime_s <= 0:
                 lifetime_s = self._max_ttl_s
-            chain = self._authority.leaf(request.csr, identity, lifetime_s, time.time())
+            chain = self._current.authority.leaf(request.csr, identity, lifetime_s, time.time())
         except Unauthenticated as error:
             code, reason = grpc.StatusCode.UNAUTHENTICATED, str(error)
         except (Denied, IdentityError, RequestError) as error:

@@ -1,22 +1,28 @@
 """What the control plane keeps of Kubernetes objects: small frozen values, made from the API's JSON. Pure.
 
 An object as the API sends it is 5 to 20 KB of dictionaries, most of it status and managed fields; two that differ only
-in those are equal here, so that a change of them causes no work. Addresses are text in the API's spelling.
+in those are equal here, so that a change of them causes no work. Addresses are text in the API's spelling. Policies are
+the exception: their `spec` is kept as it came, because what cannot be read in it must be named, and their conditions,
+because one of them is ours to write.
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 REDIRECTION = "ambient.istio.io/redirection"
 TUNNEL = "networking.istio.io/tunnel"
 NETWORK = "topology.istio.io/network"
+DRY_RUN = "istio.io/dry-run"
 DISTRIBUTION = "networking.istio.io/traffic-distribution"
 TERMINAL = frozenset(["Succeeded", "Failed"])
 _CRON = re.compile(r"(.+)-\d{8,10}")
 
 Json = Mapping[str, Any]
+Labels = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class Pod:
     canonical: tuple[str, str]
     owner: tuple[str, str]
     locality: tuple[str, ...]
+    labels: Labels
 
     @property
     def terminal(self) -> bool:
@@ -112,6 +119,38 @@ class Namespace:
     terminating: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """An AuthorizationPolicy or a PeerAuthentication (`kind`). `spec`: JSON as it came, or None; nobody changes it.
+    `dry_run`: the annotation. `conditions`: those of the status, JSON as it came; `version`: resourceVersion.
+    """
+
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+    created: str
+    generation: int
+    dry_run: str
+    spec: Any
+    conditions: tuple[Any, ...]
+    version: str
+
+    @property
+    def key(self) -> str:
+        """NAMESPACE/NAME."""
+        return f"{self.namespace}/{self.name}"
+
+    def means(self, other: "Policy | None") -> bool:
+        """Whether another version asks for the same: only its status differs."""
+        return other is not None and (self.uid, self.created, self.dry_run, self.spec) == (
+            other.uid,
+            other.created,
+            other.dry_run,
+            other.spec,
+        )
+
+
 def pod_of(obj: Json) -> Pod:
     """From the API's Pod."""
     meta, spec, status = obj["metadata"], obj.get("spec") or {}, obj.get("status") or {}
@@ -149,7 +188,18 @@ def pod_of(obj: Json) -> Pod:
         locality=tuple(re.split(r"[/.]", labels.get("topology.istio.io/locality", ""))[:3])
         if labels.get("topology.istio.io/locality")
         else (),
+        labels=_labels(labels),
     )
+
+
+@lru_cache(maxsize=1 << 16)
+def _shared(labels: Labels) -> Labels:
+    return labels
+
+
+def _labels(labels: Json) -> Labels:
+    """Pods of one template have the same labels, but for a few: kept once."""
+    return _shared(frozenset((sys.intern(key), sys.intern(str(value))) for key, value in labels.items()))
 
 
 def _owner(meta: Json, labels: Json) -> tuple[str, str]:
@@ -248,4 +298,33 @@ def namespace_of(obj: Json) -> Namespace:
         network=(meta.get("labels") or {}).get(NETWORK, ""),
         distribution=(meta.get("annotations") or {}).get(DISTRIBUTION, ""),
         terminating=bool(meta.get("deletionTimestamp")),
+    )
+
+
+def authorization_policy_of(obj: Json) -> Policy:
+    """From the API's AuthorizationPolicy."""
+    return _policy("AuthorizationPolicy", obj)
+
+
+def peer_authentication_of(obj: Json) -> Policy:
+    """From the API's PeerAuthentication."""
+    return _policy("PeerAuthentication", obj)
+
+
+def _policy(kind: str, obj: Json) -> Policy:
+    meta, status = obj["metadata"], obj.get("status")
+    conditions = status.get("conditions") if isinstance(status, Mapping) else None
+    annotations = meta.get("annotations")
+    dry_run = annotations.get(DRY_RUN) if isinstance(annotations, Mapping) else ""
+    return Policy(
+        kind=kind,
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=meta.get("uid", ""),
+        created=meta.get("creationTimestamp") or "",
+        generation=meta.get("generation") or 0,
+        dry_run=dry_run or "",
+        spec=obj.get("spec"),
+        conditions=tuple(conditions) if isinstance(conditions, list) else (),
+        version=meta.get("resourceVersion") or "",
     )

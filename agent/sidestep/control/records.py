@@ -2,8 +2,8 @@
 
 `Mesh` holds the objects (objects.py) and knows what depends on what: a changed object marks the records that it is
 part of, `take` makes those again and answers them. A pod's record is made from the pod, its node, the slices that name
-it and their Services; a Service's from the Service and its namespace; that of an endpoint that is no pod from its
-slice, that slice's Service and its node.
+it and their Services, and the policies that select it (rulings.py); a Service's from the Service and its namespace;
+that of an endpoint that is no pod from its slice, that slice's Service and its node.
 
 A record that cannot be made (an object with an address that is none) is left out and named in `problems`; the others
 are not touched by that.
@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from sidestep.control import translate
 from sidestep.control.objects import Namespace, Node, Pod, Service, Slice
+from sidestep.control.rulings import Rulings
 from sidestep.control.translate import Cluster
 from sidestep.wire.delta import Entry
 
@@ -34,6 +35,7 @@ class Mesh:
         self.slices: dict[str, Slice] = {}
         self.nodes: dict[str, Node] = {}
         self.namespaces: dict[str, Namespace] = {}
+        self.rulings = Rulings(system_namespace)
         self.problems: dict[str, str] = {}
         self._pods_of_node: dict[str, set[str]] = {}
         self._slices_of_pod: dict[str, set[str]] = {}
@@ -49,6 +51,7 @@ class Mesh:
         """A pod is new, changed, or gone (None). So for the others below."""
         old = _swap(self.pods, key, new)
         _move(self._pods_of_node, key, {old.node} if old else set(), {new.node} if new else set())
+        self.rulings.pod(key, old, new)
         self._due_pods.add(key)
 
     def service(self, key: str, new: Service | None) -> None:
@@ -99,8 +102,11 @@ class Mesh:
             yield self.pods[key]
 
     def take(self) -> dict[str, Entry | None]:
-        """The records that changed since the last call, by name; None: there is none any more."""
+        """The records of workloads and services that changed since the last call, by name; None: there is none any
+        more.
+        """
         made: dict[str, Entry | None] = {}
+        self._due_pods |= self.rulings.take_pods()
         for key in self._due_services:
             self._make(made, translate.service_name(self.cluster, *key.split("/")), partial(self._service, key))
         for key in self._due_pods:
@@ -139,7 +145,7 @@ class Mesh:
         for each in sorted(self._slices_of_pod.get(key, ())):
             for name, numbers in self._ports(self.slices[each]).items():
                 services.setdefault(name, {}).update(numbers)
-        return translate.workload(self.cluster, pod, self._locality(pod.node), services)
+        return translate.workload(self.cluster, pod, self._locality(pod.node), services, self.rulings.names(pod))
 
     def _outside(self, made: dict[str, Entry | None], key: str) -> None:
         """Records of a slice's endpoints that are no pods; those that it no longer has are removed."""

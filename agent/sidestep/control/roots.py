@@ -2,14 +2,23 @@
 
 The authority is in Secret `sidestep-ca`, or in the files of a directory that somebody else keeps (`--cacerts`). The
 Secret is created when there is none and never changed: two control planes that start together agree on the one that was
-first. The root is in ConfigMap `istio-ca-root-cert` of every namespace; `Publisher` keeps it so.
+first. The roots are in ConfigMap `istio-ca-root-cert` of every namespace; `Publisher` keeps them so.
+
+What is kept may change while we run, so that a root is replaced without a restart (docs/decisions/0005): `Current`
+looks again and again, and goes on with what it has where the new cannot be used.
 """
 
 import asyncio
 import base64
 import binascii
+import hashlib
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 from sidestep.control import authority, log
 from sidestep.control.authority import Authority, AuthorityError
@@ -20,6 +29,7 @@ SECRET = "sidestep-ca"
 CONFIG_MAP = "istio-ca-root-cert"
 ROOT_KEY = "root-cert.pem"
 RETRY_S = 1.0
+LOOK_S = 1.0
 
 
 def from_directory(directory: Path) -> Authority:
@@ -77,8 +87,76 @@ def _from_secret(secret: Object, namespace: str) -> Authority:
         ) from None
 
 
+async def stored(client: KubeClient, namespace: str) -> Authority:
+    """The authority of the Secret as it is now. Raises AuthorityError, KubeError."""
+    return _from_secret(await client.get(f"/api/v1/namespaces/{namespace}/secrets/{SECRET}"), namespace)
+
+
+class Current:
+    """The authority in force. `read` answers what is kept; without it nothing ever changes. `problem`: why what is
+    kept now is not in force.
+    """
+
+    def __init__(self, authority: Authority, read: Callable[[], Awaitable[Authority]] | None = None) -> None:
+        self.authority = authority
+        self.problem = ""
+        self._read = read
+        self._told: list[Callable[[Authority], None]] = []
+
+    def tell(self, told: Callable[[Authority], None]) -> None:
+        """Calls `told` with each new authority."""
+        self._told.append(told)
+
+    async def run(self) -> None:
+        """Looks until cancelled."""
+        while self._read is not None:
+            await asyncio.sleep(LOOK_S)
+            try:
+                new = await self._read()
+            except (AuthorityError, KubeError) as error:
+                if self.problem != str(error):
+                    log.event("authority_not_taken", level="WARN", reason=error)
+                self.problem = str(error)
+                continue
+            self.problem = ""
+            if new.files() != self.authority.files():
+                self._take(new)
+
+    def _take(self, new: Authority) -> None:
+        old, self.authority = self.authority, new
+        issuer = new.certificate.subject.rfc4514_string()
+        known = set(x509.load_pem_x509_certificates(old.roots_pem.encode()))
+        if new.under() in known:
+            log.event("authority", issuer=issuer, roots=len(_roots(new)))
+        else:
+            reason = "who has not heard of its root yet refuses what it signs"
+            log.event("authority", level="WARN", issuer=issuer, roots=len(_roots(new)), reason=reason)
+        for told in self._told:
+            told(new)
+
+    def status(self) -> dict[str, Any]:
+        """For /status."""
+        return {
+            "subject": self.authority.certificate.subject.rfc4514_string(),
+            "roots": [
+                {
+                    "subject": each.subject.rfc4514_string(),
+                    "sha256": each.fingerprint(hashes.SHA256()).hex(),
+                    "not_after": each.not_valid_after_utc.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                    "issues": each == self.authority.under(),
+                }
+                for each in _roots(self.authority)
+            ],
+            "problem": self.problem,
+        }
+
+
+def _roots(of: Authority) -> list[x509.Certificate]:
+    return x509.load_pem_x509_certificates(of.roots_pem.encode())
+
+
 class Publisher:
-    """Keeps the root in every namespace's ConfigMap: made where it is missing, put right where it differs."""
+    """Keeps the roots in every namespace's ConfigMap: made where they are missing, put right where they differ."""
 
     def __init__(self, client: KubeClient, roots_pem: str) -> None:
         self._client = client
@@ -86,10 +164,10 @@ class Publisher:
         self._namespaces: set[str] = set()
         self._due: set[str] = set()
         self._wake = asyncio.Event()
-        self._maps: Reflector[bool] = Reflector(
+        self._maps: Reflector[bytes] = Reflector(
             client,
             "/api/v1/configmaps",
-            keep=lambda obj: bool((obj.get("data") or {}).get(ROOT_KEY) == roots_pem),
+            keep=lambda obj: _digest((obj.get("data") or {}).get(ROOT_KEY)),
             on_change=self._seen,
             field_selector=f"metadata.name={CONFIG_MAP}",
         )
@@ -106,13 +184,22 @@ class Publisher:
             self._due.discard(name)
             self.failed.pop(name, None)
 
-    def _seen(self, key: str, _old: bool | None, _new: bool | None) -> None:
+    def roots(self, roots_pem: str) -> None:
+        """Others are to be published from now on."""
+        self._roots_pem = roots_pem
+        for namespace in self._namespaces:
+            self._check(namespace)
+
+    def _right(self, namespace: str) -> bool:
+        return self._maps.items.get(f"{namespace}/{CONFIG_MAP}") == _digest(self._roots_pem)
+
+    def _seen(self, key: str, _old: bytes | None, _new: bytes | None) -> None:
         namespace, _, name = key.partition("/")
         if name == CONFIG_MAP:
             self._check(namespace)
 
     def _check(self, namespace: str) -> None:
-        if not self._maps.items.get(f"{namespace}/{CONFIG_MAP}") and namespace in self._namespaces:
+        if not self._right(namespace) and namespace in self._namespaces:
             self._due.add(namespace)
             self._wake.set()
 
@@ -126,7 +213,7 @@ class Publisher:
                 self._wake.clear()
                 again = False
                 for namespace in sorted(self._due):
-                    if self._maps.items.get(f"{namespace}/{CONFIG_MAP}"):
+                    if self._right(namespace):
                         self._due.discard(namespace)
                     elif namespace in self._due:  # it may have gone while another was written
                         again = not await self._write(namespace) or again
@@ -136,7 +223,8 @@ class Publisher:
 
     async def _write(self, namespace: str) -> bool:
         collection = f"/api/v1/namespaces/{namespace}/configmaps"
-        data = {ROOT_KEY: self._roots_pem}
+        roots_pem = self._roots_pem
+        data = {ROOT_KEY: roots_pem}
         body = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
@@ -155,7 +243,12 @@ class Publisher:
                 log.event("root_not_published", namespace=namespace, error=error)
             self.failed[namespace] = str(error)
             return False
-        self._due.discard(namespace)
+        if roots_pem == self._roots_pem:  # else it is due again
+            self._due.discard(namespace)
         self.failed.pop(namespace, None)
         self.written += 1
-        return True
+        return roots_pem == self._roots_pem
+
+
+def _digest(text: object) -> bytes:
+    return hashlib.blake2b(str(text).encode(), digest_size=16).digest()

@@ -11,14 +11,19 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sidestep.control import log, objects
-from sidestep.control.objects import Json, Namespace
+from sidestep.control.objects import Json, Namespace, Policy
 from sidestep.control.records import Mesh
+from sidestep.control.remembered import Remembered
 from sidestep.control.roots import Publisher
-from sidestep.control.xds import ADDRESS, Discovery
-from sidestep.kube.client import KubeClient
+from sidestep.control.rulings import Key
+from sidestep.control.verdicts import Verdicts
+from sidestep.control.xds import ADDRESS, AUTHORIZATION, Discovery
+from sidestep.kube.client import KubeClient, KubeError
 from sidestep.kube.watch import Reflector, key_of
 
 DEBOUNCE_S = 0.05
+RETRY_S = 0.5
+SECURITY = "/apis/security.istio.io/v1"
 
 K = TypeVar("K")
 
@@ -26,8 +31,18 @@ K = TypeVar("K")
 class Sources:
     """Reflectors for every kind, and what they feed."""
 
-    def __init__(self, client: KubeClient, mesh: Mesh, discovery: Discovery, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        client: KubeClient,
+        mesh: Mesh,
+        discovery: Discovery,
+        publisher: Publisher,
+        verdicts: Verdicts,
+        remembered: Remembered,
+    ) -> None:
         self._client = client
+        self._verdicts = verdicts
+        self._remembered = remembered
         self._mesh = mesh
         self._discovery = discovery
         self._publisher = publisher
@@ -39,10 +54,27 @@ class Sources:
             "services": self._follow("/api/v1/services", objects.service_of, mesh.service),
             "endpointslices": self._follow("/apis/discovery.k8s.io/v1/endpointslices", objects.slice_of, mesh.slice),
             "pods": self._follow("/api/v1/pods", objects.pod_of, mesh.pod),
+            "authorizationpolicies": self._follow(
+                f"{SECURITY}/authorizationpolicies",
+                objects.authorization_policy_of,
+                mesh.rulings.authorization_policy,
+                optional=True,
+            ),
+            "peerauthentications": self._follow(
+                f"{SECURITY}/peerauthentications",
+                objects.peer_authentication_of,
+                mesh.rulings.peer_authentication,
+                optional=True,
+            ),
         }
 
     def _follow(
-        self, path: str, project: Callable[[Json], K | None], take: Callable[[str, K | None], None]
+        self,
+        path: str,
+        project: Callable[[Json], K | None],
+        take: Callable[[str, K | None], None],
+        *,
+        optional: bool = False,
     ) -> Reflector[K | None]:
         def keep(obj: dict[str, Any]) -> K | None:
             name = f"{path.rpartition('/')[2]} {key_of(obj)}"
@@ -59,7 +91,7 @@ class Sources:
             take(key, new)
             self._changed.set()
 
-        return Reflector(self._client, path, keep, note)
+        return Reflector(self._client, path, keep, note, optional=optional)
 
     def _namespace(self, key: str, new: Namespace | None) -> None:
         self._mesh.namespace(key, new)
@@ -67,6 +99,7 @@ class Sources:
 
     async def run(self) -> None:
         """Follows until cancelled."""
+        self._mesh.rulings.recall(await self._recalled())
         async with asyncio.TaskGroup() as group:
             for name, each in self._reflectors.items():
                 group.create_task(each.run(), name=f"follow {name}")
@@ -74,17 +107,30 @@ class Sources:
                 await each.synced.wait()
             while True:
                 self._changed.clear()
+                # Policies first: a workload that names one which is not there yet keeps its connections waiting.
+                self._discovery.update(AUTHORIZATION, self._mesh.rulings.take())
                 self._discovery.update(ADDRESS, self._mesh.take())
+                self._verdicts.take(self._mesh.rulings)
+                self._remembered.take(self._mesh.rulings)
                 if not self._discovery.synced.is_set():
                     self._discovery.synced.set()
                     log.event("synced", **{name: len(each.items) for name, each in self._reflectors.items()})
                 await asyncio.sleep(DEBOUNCE_S)
                 await self._changed.wait()
 
+    async def _recalled(self) -> dict[Key, Policy]:
+        while True:
+            try:
+                return await self._remembered.load()
+            except KubeError as error:
+                log.event("waiting_for_api", error=error)
+                await asyncio.sleep(RETRY_S)
+
     def status(self) -> dict[str, Any]:
         """For /status."""
         return {
             "objects": {name: len(each.items) for name, each in self._reflectors.items()},
             "problems": self._mesh.problems | self.unreadable,
+            "policies": self._mesh.rulings.report(),
             "api": "; ".join(sorted({str(each.failed) for each in self._reflectors.values() if each.failed})),
         }

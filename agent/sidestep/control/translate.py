@@ -69,9 +69,10 @@ def workload(
     pod: Pod,
     locality: Iterable[str],
     services: Mapping[str, Mapping[int, int]],
+    policies: Iterable[str] = (),
 ) -> Entry | None:
     """A pod's record; None for one that has no address yet or runs no more. `locality` is its node's; `services`:
-    target port by service port, by the name of the service's record.
+    target port by service port, by the name of the service's record; `policies`: names of those that select it.
     """
     if pod.terminal or not pod.addresses:
         return None
@@ -88,7 +89,7 @@ def workload(
     record.status = workload_pb2.HEALTHY if healthy else workload_pb2.UNHEALTHY
     record.network_mode = workload_pb2.HOST_NETWORK if pod.host_network else workload_pb2.STANDARD
     _locate(record, pod.locality or locality)
-    # authorization_policies: no policy is converted yet, so none is named (control/policies.py when it comes).
+    record.authorization_policies.extend(policies)
     aliases = () if pod.host_network else pod.addresses
     return _entry(uid, workload_pb2.Address(workload=record), record.network, aliases)
 

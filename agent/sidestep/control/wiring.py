@@ -13,14 +13,17 @@ from typing import Any
 import grpc
 
 from sidestep.control import log, pages, roots
-from sidestep.control.authority import LIFETIME_S, Authority
+from sidestep.control.authority import LIFETIME_S
 from sidestep.control.callers import Gate
 from sidestep.control.certificates import Certificates
 from sidestep.control.command import PAGES_PORT, PLAIN_PORT, XDS_PORT, Config, StartError
 from sidestep.control.metrics import Metrics
 from sidestep.control.records import Mesh
+from sidestep.control.remembered import Remembered
+from sidestep.control.roots import Current
 from sidestep.control.sources import Sources
 from sidestep.control.translate import Cluster
+from sidestep.control.verdicts import Verdicts
 from sidestep.control.xds import Discovery
 from sidestep.kube.client import KubeClient, KubeError
 
@@ -48,14 +51,17 @@ async def serve(config: Config) -> int:
     listener = _listener(config.bind, PAGES_PORT)
     started_s = time.time()
     async with KubeClient.from_config(config.kubeconfig) as client, contextlib.AsyncExitStack() as ends:
-        authority = await _authority(config, client)
+        current = await _current(config, client)
         metrics = Metrics()
         mesh = Mesh(Cluster(config.cluster_id, config.trust_domain, config.domain, config.network), config.namespace)
         gate = Gate(client, mesh, config.trusted)
         discovery = Discovery(gate, metrics)
-        publisher = roots.Publisher(client, authority.roots_pem)
-        sources = Sources(client, mesh, discovery, publisher)
-        certificates = Certificates(gate, authority, config.trust_domain, config.max_ttl_s, metrics)
+        publisher = roots.Publisher(client, current.authority.roots_pem)
+        current.tell(lambda authority: publisher.roots(authority.roots_pem))
+        verdicts = Verdicts(client)
+        remembered = Remembered(client, config.namespace)
+        sources = Sources(client, mesh, discovery, publisher, verdicts, remembered)
+        certificates = Certificates(gate, current, config.trust_domain, config.max_ttl_s, metrics)
 
         def status() -> dict[str, Any]:
             return {
@@ -63,8 +69,10 @@ async def serve(config: Config) -> int:
                 "uptime_s": int(time.time() - started_s),
                 "trust_domain": config.trust_domain,
                 "cluster_id": config.cluster_id,
-                "root": {"subject": authority.certificate.subject.rfc4514_string(), "unpublished": publisher.failed},
+                "root": {**current.status(), "unpublished": publisher.failed},
                 **sources.status(),
+                "conditions": verdicts.status(),
+                "remembered": remembered.status(),
                 **discovery.status(),
             }
 
@@ -73,6 +81,7 @@ async def serve(config: Config) -> int:
             return {
                 "records": ("Records that followers are served", "type", now["records"]),
                 "objects": ("Objects of the API that they are made from", "kind", sources.status()["objects"]),
+                "policies": ("Policies, by whether they are in force as written", "accepted", mesh.rulings.tally()),
                 "streams_open": ("Streams that are open", "kind", {"delta": len(now["streams"])}),
             }
 
@@ -83,7 +92,7 @@ async def serve(config: Config) -> int:
         ends.push_async_callback(runner.cleanup)
         server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((discovery.handlers(), certificates.handlers()))
-        _bind(server, _host(config.bind), XDS_PORT, _credentials(config, authority))
+        _bind(server, _host(config.bind), XDS_PORT, _credentials(config, current))
         plain = grpc.aio.server(options=OPTIONS)
         plain.add_generic_rpc_handlers((discovery.handlers(anonymous=True),))
         if config.plaintext:
@@ -97,6 +106,9 @@ async def serve(config: Config) -> int:
             tasks = [
                 group.create_task(sources.run(), name="sources"),
                 group.create_task(publisher.run(), name="roots"),
+                group.create_task(current.run(), name="authority"),
+                group.create_task(verdicts.run(), name="verdicts"),
+                group.create_task(remembered.run(), name="remembered"),
             ]
             await stop.wait()
             log.event("stop")
@@ -105,14 +117,16 @@ async def serve(config: Config) -> int:
     return 0
 
 
-async def _authority(config: Config, client: KubeClient) -> Authority:
+async def _current(config: Config, client: KubeClient) -> Current:
     """The authority; an API that does not answer yet is waited for."""
     if config.cacerts is not None:
-        return roots.from_directory(config.cacerts)
+        directory = config.cacerts
+        return Current(roots.from_directory(directory), lambda: asyncio.to_thread(roots.from_directory, directory))
     deadline = time.monotonic() + START_S
     while True:
         try:
-            return await roots.kept(client, config.namespace, config.trust_domain)
+            kept = await roots.kept(client, config.namespace, config.trust_domain)
+            return Current(kept, lambda: roots.stored(client, config.namespace))
         except KubeError as error:
             if error.status not in (0, 404, 429, 500, 503) or time.monotonic() > deadline:
                 raise
@@ -120,22 +134,23 @@ async def _authority(config: Config, client: KubeClient) -> Authority:
             await asyncio.sleep(0.5)
 
 
-def _credentials(config: Config, authority: Authority) -> grpc.ServerCredentials:
-    """TLS with a certificate of our own authority, made anew at half its life."""
+def _credentials(config: Config, current: Current) -> grpc.ServerCredentials:
+    """TLS with a certificate of our own authority, made anew at half its life, and by each new authority."""
     names = []
     for service in (f"istiod.{config.namespace}", "istiod.istio-system", f"sidestep-control.{config.namespace}"):
         names += [f"{service}.svc", f"{service}.svc.{config.domain}"]
     address = ipaddress.ip_address(config.bind)
     addresses = ["127.0.0.1", "::1"] if address.is_unspecified else [str(address)]
-    made = authority.server([*names, "localhost"], addresses, LIFETIME_S, time.time())
+    by = current.authority
+    made = by.server([*names, "localhost"], addresses, LIFETIME_S, time.time())
     renewed = time.monotonic()
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:  # None: go on with the last
-        nonlocal renewed
-        if time.monotonic() - renewed < LIFETIME_S / 2:
+        nonlocal by, renewed
+        if current.authority is by and time.monotonic() - renewed < LIFETIME_S / 2:
             return None
-        renewed = time.monotonic()
-        new = authority.server([*names, "localhost"], addresses, LIFETIME_S, time.time())
+        by, renewed = current.authority, time.monotonic()
+        new = by.server([*names, "localhost"], addresses, LIFETIME_S, time.time())
         return grpc.ssl_server_certificate_configuration([new])
 
     first = grpc.ssl_server_certificate_configuration([made])

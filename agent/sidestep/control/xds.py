@@ -24,7 +24,7 @@ from sidestep.wire.pb import discovery_pb2
 SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 ADDRESS = "type.googleapis.com/istio.workload.Address"
 AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
-SHORT = {ADDRESS: "address", AUTHORIZATION: "authorization"}
+SHORT = {AUTHORIZATION: "authorization", ADDRESS: "address"}  # what is due of the first goes out first
 ANSWER_S = 60.0
 ENDED = "ended by the client"
 SYNC_S = 30.0  # a stream that comes before we know the cluster waits so long
@@ -168,7 +168,10 @@ class Discovery:
         loop = asyncio.get_running_loop()
         while True:
             stream.wake.clear()
-            for url, follower in stream.followers.items():
+            for url in SHORT:
+                follower = stream.followers.get(url)
+                if follower is None:
+                    continue
                 if not follower.nonce:
                     asked.pop(url, None)
                 push = follower.next()

@@ -10,7 +10,9 @@ import argparse
 import binascii
 import contextlib
 import ctypes
+import errno
 import fcntl
+import json
 import os
 import resource
 import select
@@ -27,12 +29,13 @@ from sidestep.wire import channel
 
 WORKERS_MAX = 4
 REPORT_BYTES = 24 * 1024
+AUTHZ_BYTES = 60 * 1024
 POLL_MS = 1000
 NUMBER_MAX = 2**64 - 1
 TEXT_MAX = 4096
 ADDRESSES_MAX = 16
 SHUTDOWN_MAX_S = 3600
-DUMPS = ("connections", "tunnels", "pods", "workloads", "services", "policies", "identities")
+DUMPS = ("connections", "tunnels", "pods", "workloads", "services", "policies", "identities", "denials")
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PR_SET_DUMPABLE = 4
 
@@ -113,6 +116,7 @@ class Host:
             channel.DUMP: self._dump,
             channel.POD_STATS: self._pod_stats,
             channel.SHUTDOWN: self._shutdown,
+            channel.AUTHZ: self._authz,
         }
         self._fds = {channel.POD_ADD: 3, channel.APPLY: 1}
 
@@ -190,6 +194,7 @@ class Host:
         settings.network = text(_text(body, "network", ""))
         settings.cluster_id = text(_text(body, "cluster_id", "Kubernetes"))
         settings.trust_domain = text(_text(body, "trust_domain", "cluster.local"))
+        settings.root_namespace = text(_text(body, "root_namespace", "istio-system"))
         settings.node = text(_text(body, "node", ""))
         settings.cluster_cidrs = text(",".join(cidrs))
         settings.same_node_mtls, settings.unknown_pass = same_node == "mtls", unknown == "pass"
@@ -198,6 +203,7 @@ class Host:
             "network": _text(body, "network", ""),
             "cluster_id": _text(body, "cluster_id", "Kubernetes"),
             "trust_domain": _text(body, "trust_domain", "cluster.local"),
+            "root_namespace": _text(body, "root_namespace", "istio-system"),
             "node": _text(body, "node", ""),
             "cluster_cidrs": cidrs,
             "same_node": same_node,
@@ -311,6 +317,20 @@ class Host:
         if what not in DUMPS:
             raise CommandError(f"what is one of {', '.join(DUMPS)}, not {what!r}")
         return Answer({}, [self._memfd(what, lambda fd: self._lib.tunnel_dump(self._tunnel, what.encode(), fd))])
+
+    def _authz(self, body: Body, _: list[int]) -> Answer:
+        identity, source, destination = _text(body, "identity", ""), _text(body, "source"), _text(body, "destination")
+        out = self._ffi.new("char[]", AUTHZ_BYTES)
+        result = self._lib.tunnel_authz(
+            self._tunnel, identity.encode(), source.encode(), destination.encode(), out, AUTHZ_BYTES
+        )
+        if result == -errno.EINVAL:
+            raise CommandError(
+                "identity is a SPIFFE URI or empty, source IP or IP:PORT, destination IP:PORT, not "
+                f"{identity!r}, {source!r}, {destination!r}"
+            )
+        self._check("authz", result)
+        return Answer(json.loads(self._ffi.string(out)), [])
 
     def _shutdown(self, body: Body, _: list[int]) -> Answer:
         self.shutdown_at = time.monotonic() + min(_number(body, "drain_s"), SHUTDOWN_MAX_S)
@@ -460,16 +480,17 @@ class Server:
             self._drop(str(err))
 
     def _reply(self, connection: endpoint.Connection, request: endpoint.Request, answer: Answer) -> None:
+        # Before the answer: whoever has read that may kill us, and the supervisor must know by then that we came up.
+        if request.kind == channel.HELLO and connection.greeted and self._ready_fd >= 0:
+            os.write(self._ready_fd, b"1")
+            os.close(self._ready_fd)
+            self._ready_fd = -1
         try:
             connection.reply(request.kind, request.sequence, answer.body, answer.fds)
         except channel.PacketError as err:
             connection.reply(
                 request.kind, request.sequence, {"ok": False, "error": f"the reply does not fit: {err}"}, []
             )
-        if request.kind == channel.HELLO and connection.greeted and self._ready_fd >= 0:
-            os.write(self._ready_fd, b"1")
-            os.close(self._ready_fd)
-            self._ready_fd = -1
 
     def _answer(self, connection: endpoint.Connection, request: endpoint.Request) -> Answer:
         if request.packet is None:

@@ -5,7 +5,6 @@ dictionaries as the API sends them; whoever keeps them projects them to somethin
 on the plain REST API costs 9 MB, the generated client libraries 65.
 """
 
-import asyncio
 import base64
 import json
 import socket
@@ -290,14 +289,3 @@ def _refusal(status: int, text: bytes) -> KubeError:
         return KubeError(status, str(answer.get("reason", "")), str(answer.get("message", "")))
     except (ValueError, AttributeError):
         return KubeError(status, "", text[:200].decode(errors="replace"))
-
-
-async def wait_until_reachable(client: KubeClient, seconds: float) -> None:
-    """Returns once the API answers /version; raises the last KubeError after the deadline."""
-    async with asyncio.timeout(seconds):
-        while True:
-            try:
-                await client.get("/version")
-                return
-            except KubeError:
-                await asyncio.sleep(0.1)

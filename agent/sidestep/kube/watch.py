@@ -7,11 +7,13 @@ changed and return.
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from sidestep.kube.client import KubeClient, KubeError, Object
 
+ABSENT_S = 2.0
 BACKOFF_S = (0.05, 10.0)  # first and longest pause between attempts; each doubles, with jitter
 
 K = TypeVar("K")
@@ -27,7 +29,9 @@ class Reflector(Generic[K]):
     """Follows one collection. `items` is what is known now, by `key_of`.
 
     `on_change(key, old, new)` is called with None for what was or is not there; `synced` is set after the first
-    complete list. `failed` holds the last error while the API cannot be asked, else None.
+    complete list. `failed` holds the last error while the API cannot be asked, else None. `optional`: an API that does
+    not have this kind (404 for ABSENT_S: its definition is not installed) has no objects of it, and is asked again.
+    Objects that were there stay: the API deletes them one by one before a kind goes, and answers 404 while it starts.
     """
 
     def __init__(
@@ -39,8 +43,11 @@ class Reflector(Generic[K]):
         *,
         label_selector: str = "",
         field_selector: str = "",
+        optional: bool = False,
     ) -> None:
         self._client = client
+        self._optional = optional
+        self._absent_s = 0.0  # when the kind was first not there
         self._path = path
         self._keep = keep
         self._on_change = on_change
@@ -67,6 +74,9 @@ class Reflector(Generic[K]):
             except KubeError as error:
                 if error.status == 410:
                     self._version = ""
+                elif error.status == 404 and self._optional:
+                    self._version = ""
+                    self._absent(error)
                 else:
                     self.failed = error
             if heard:
@@ -81,11 +91,24 @@ class Reflector(Generic[K]):
         found: dict[str, Any] = {}
         for obj in answer.get("items") or ():
             found[key_of(obj)] = self._keep(obj)
+        self._replace(found)
+        self._absent_s = 0.0
+        self._version = str(answer["metadata"].get("resourceVersion") or "0")
+
+    def _absent(self, error: KubeError) -> None:
+        now = time.monotonic()
+        self._absent_s = self._absent_s or now
+        if self.items or now - self._absent_s < ABSENT_S:
+            self.failed = error
+        else:
+            self._replace({})
+
+    def _replace(self, found: dict[str, Any]) -> None:
+        """Takes a complete picture."""
         for key in [key for key in self.items if key not in found]:
             self._on_change(key, self.items.pop(key), None)
         for key, new in found.items():
             self._put(key, new)
-        self._version = str(answer["metadata"].get("resourceVersion") or "0")
         self.failed = None
         self.synced.set()
 

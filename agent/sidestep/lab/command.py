@@ -38,6 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--agent-arg", action="append", default=[], metavar="ARG", help="for every agent: --agent-arg=--x=y"
     )
     up.add_argument("--engine-arg", action="append", default=[], metavar="ARG", help="for every engine")
+    up.add_argument("--control-arg", action="append", default=[], metavar="ARG", help="for the control plane")
     run_in = verb("exec", "run a command in a pod, or on a node (--node)")
     run_in.add_argument("--node", metavar="NODE", help="on a node instead of in a pod")
     run_in.add_argument("-c", "--container", metavar="NAME", help="which container (default: the first)")
@@ -75,8 +76,8 @@ def _up(args: argparse.Namespace) -> int:
     check_name(args.name)
     found = manifests.read(args.file)
     return up.up(
-        args.name, args.nodes, args.plain, found, timeout_s=args.timeout, agent_args=args.agent_arg,
-        engine_args=args.engine_arg,
+        args.name, args.nodes, args.plain, found, timeout_s=args.timeout,
+        extra={"agent": args.agent_arg, "engine": args.engine_arg, "control": args.control_arg},
     )  # fmt: skip
 
 

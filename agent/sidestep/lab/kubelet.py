@@ -311,12 +311,10 @@ class Worker:
             why = await probes.attempt(probe, self._ips[0], directory)
             good, bad = (0, bad + 1) if why else (good + 1, 0)
             ready = good >= probe.successes if not state.ready else bad < probe.failures
-            if ready != state.ready:
-                state.ready = ready
-                self._message = "" if ready else f"container {state.container.name} is not ready: {why}"
+            message = f"container {state.container.name} is not ready: {why}" if why and not ready else ""
+            if ready != state.ready or (message and message != self._message):
+                state.ready, self._message = ready, message
                 self._dirty.set()
-            elif why and not state.ready:
-                self._message = f"container {state.container.name} is not ready: {why}"
             # Until it is ready ask more often, as a slow start should not cost a whole period.
             await asyncio.sleep(probe.period_s if state.ready else min(probe.period_s, 0.5))
 

@@ -94,7 +94,7 @@ def _object(place: str, document: Any) -> Manifest:
     meta = document.get("metadata")
     if not isinstance(meta, dict) or not meta.get("name"):
         raise LabError(f"{place}: {kind_name} without metadata.name")
-    kind = next((item for item in KINDS if (item.api_version, item.kind) == (api_version, kind_name)), None)
+    kind = next((item for item in KINDS if item.kind == kind_name and api_version in item.api_versions), None)
     if kind is None or "create" not in kind.verbs:
         known = ", ".join(f"{item.api_version} {item.kind}" for item in KINDS if "create" in item.verbs)
         raise LabError(f"{place}: unknown kind {api_version} {kind_name}; the lab knows {known}")

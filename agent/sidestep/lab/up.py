@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -40,6 +41,8 @@ AGENTS_S = 60.0  # they need the engine, the control plane and a certificate fir
 STATE_BYTES = "size=2g,mode=700"
 TOOLS = ("ip", "nft", "dnsmasq", "nsenter", "unshare", "sysctl", "umount", "mount")
 PLUGINS = ("ptp", "host-local")
+CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}  # linux/capability.h
+HOST_ONLY = ("other meshes",)  # of `sidestep check`: the lab's nodes have a CNI configuration of their own
 
 Object = Mapping[str, Any]
 
@@ -78,6 +81,9 @@ def check_machine(plain: bool) -> None:
     """Everything that the lab needs is there. Raises LabError; touches nothing."""
     if os.geteuid() != 0:
         raise LabError("needs root (network namespaces, mounts, eBPF): run it with sudo")
+    missing = _missing_capabilities()
+    if missing:
+        raise LabError(f"needs {', '.join(missing)}: a container must be given it, or be privileged")
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         raise LabError(f"not installed: {', '.join(missing)}; `make setup` installs what the lab needs")
@@ -97,6 +103,33 @@ def check_machine(plain: bool) -> None:
             raise LabError("the kernel has no overlay file system, which containers need")
     if not plain and not _is_bpffs():
         raise LabError(f"bpffs is not mounted: mount -t bpf bpf {BPFFS}")
+    if not plain:
+        _check_mesh()
+
+
+def _missing_capabilities() -> list[str]:
+    """Without these not even the nodes can be made."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), 16)
+    return [name for bit, name in CAPABILITIES.items() if not effective >> bit & 1]
+
+
+def _check_mesh() -> None:
+    """Asks `sidestep check`, in a process of its own: what the agents will need of the kernel. Raises LabError."""
+    try:
+        check = subprocess.run([sys.executable, "-m", "sidestep", "check", "--json"], capture_output=True, text=True,
+                               stdin=subprocess.DEVNULL, cwd="/", timeout=START_S)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise LabError(f"`sidestep check` did not answer within {START_S:.0f} s") from None
+    try:
+        found = json.loads(check.stdout)
+    except ValueError:
+        said = (check.stderr.strip().splitlines() or [f"exit status {check.returncode}"])[-1]
+        raise LabError(f"`sidestep check` did not answer: {said}") from None
+    bad = [item for item in found if item["level"] == "fail" and item["name"] not in HOST_ONLY]
+    if bad:
+        what = "; ".join(f"{item['name']}: {item['found']}" for item in bad)
+        raise LabError(f"the mesh cannot run here: {what} ({bad[0]['advice']}; `sidestep check` says more)")
 
 
 def _is_bpffs() -> bool:
@@ -110,11 +143,11 @@ def up(
     manifests: Sequence[Manifest],
     *,
     timeout_s: float = 120,
-    agent_args: Sequence[str] = (),
-    engine_args: Sequence[str] = (),
+    extra: Mapping[str, Sequence[str]],
 ) -> int:
-    """Makes the lab. Raises LabError after taking everything back; returns 1 where pods do not become ready (the lab
-    stays, so that one can look), 0 otherwise."""
+    """Makes the lab. `extra`: further arguments by what they are for, `agent`, `engine` or `control`. Raises LabError
+    after taking everything back; returns 1 where pods do not become ready (the lab stays, so that one can look), 0
+    otherwise."""
     check_name(name)
     if not 1 <= nodes <= MAX_NODES:
         raise LabError(f"--nodes is 1 to {MAX_NODES}")
@@ -126,7 +159,7 @@ def up(
         try:
             progress.step(f"lab {name}: {nodes} nodes, {cluster.range4}" + (", without the mesh" if plain else ""))
             network.create(cluster)
-            _start(cluster, agent_args, engine_args)
+            _start(cluster, extra)
             asyncio.run(_fill(cluster, manifests, progress))
         except BaseException as error:
             logs = _last_words(cluster) if isinstance(error, LabError) else ""
@@ -183,10 +216,10 @@ def _creation(name: str, nodes: int, plain: bool) -> Iterator[Cluster]:
     yield cluster
 
 
-def _start(cluster: Cluster, agent_args: Sequence[str], engine_args: Sequence[str]) -> None:
+def _start(cluster: Cluster, extra: Mapping[str, Sequence[str]]) -> None:
     """Directories, cgroups, the list of processes, and the keeper that starts them."""
     root = cgroup2() / cluster.cgroup_name
-    processes = list(_processes(cluster, root, agent_args, engine_args))
+    processes = list(_processes(cluster, root, extra))
     cluster.logs.mkdir(mode=0o700)
     for process in processes:
         Path(process.cgroup).mkdir(parents=True, exist_ok=True)
@@ -205,14 +238,10 @@ def _start(cluster: Cluster, agent_args: Sequence[str], engine_args: Sequence[st
 
 
 def _json(value: Any) -> str:
-    import json
-
     return json.dumps(value, indent=2) + "\n"
 
 
-def _processes(
-    cluster: Cluster, root: Path, agent_args: Sequence[str], engine_args: Sequence[str]
-) -> Iterator[keeper.Process]:
+def _processes(cluster: Cluster, root: Path, extra: Mapping[str, Sequence[str]]) -> Iterator[keeper.Process]:
     python = (sys.executable, "-u", "-m")
     kubeconfig = str(cluster.kubeconfig)
 
@@ -231,7 +260,7 @@ def _processes(
     if not cluster.plain:
         control = [
             *python, "sidestep", "control", "--kubeconfig", kubeconfig, "--bind", str(cluster.ip4),
-            "--namespace", SYSTEM_NAMESPACE,
+            "--namespace", SYSTEM_NAMESPACE, *extra.get("control", ()),
         ]  # fmt: skip
         yield process("control", cluster.netns_path, "control", control, kubeconfig)
     for node in cluster.nodes:
@@ -240,7 +269,8 @@ def _processes(
         if cluster.plain:
             continue
         engine = [
-            str(BIN / "supervise"), *python, "sidestep", "engine", "--socket", str(node.engine_socket), *engine_args,
+            str(BIN / "supervise"), *python, "sidestep", "engine", "--socket", str(node.engine_socket),
+            *extra.get("engine", ()),
         ]  # fmt: skip
         yield process(f"{node.name}-engine", node.netns_path, f"{node.cgroup}/engine", engine)
         agent = [
@@ -248,12 +278,13 @@ def _processes(
             "--engine-socket", str(node.engine_socket), "--run-dir", str(node.run_dir), "--bpf-dir", str(node.bpf_dir),
             "--control", f"{cluster.ip4}:{XDS_PORT}", "--control-name", f"istiod.{SYSTEM_NAMESPACE}.svc",
             "--pod-netns-dir", str(node.pod_netns_dir), "--token-file", str(node.token_file),
+            "--kubelet-cgroup", str(root / node.cgroup / "kubelet"),
         ]  # fmt: skip
         for cidr in (cluster.pods4, cluster.pods6, cluster.services4, cluster.services6):
             agent += ["--cluster-cidr", str(cidr)]
         yield process(
-            f"{node.name}-agent", node.netns_path, f"{node.cgroup}/agent", [*agent, *agent_args], kubeconfig,
-            node.token_file,
+            f"{node.name}-agent", node.netns_path, f"{node.cgroup}/agent", [*agent, *extra.get("agent", ())],
+            kubeconfig, node.token_file,
         )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from typing import Any
 from sidestep import __version__
 from sidestep.node import metrics
 from sidestep.node.agent import Agent
+from sidestep.node.capture import CaptureError
 from sidestep.node.dump import shaped
-from sidestep.node.engine import EngineError
+from sidestep.node.engine import EngineAway, EngineError
 from sidestep.node.httpd import Handler, Request, Response, refuse
 from sidestep.node.identities import Identity
 from sidestep.node.pods import Verdict
@@ -29,7 +30,7 @@ READY_PORT = 15021
 ADMIN_PORT = 15000
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(?::[0-9]+)?")
-DUMPS = ("workloads", "services", "policies", "connections", "tunnels")
+DUMPS = ("workloads", "services", "policies", "connections", "tunnels", "denials")
 
 
 class Pages:
@@ -51,15 +52,30 @@ class Pages:
         """Pages for the command line and people."""
         name = request.path.removeprefix("/")
         if request.path == "/":
-            return Response("\n".join([*sorted(self._pages), *(f"/{each}" for each in DUMPS), ""]).encode())
+            return Response(
+                "\n".join([*sorted([*self._pages, "/authz"]), *(f"/{each}" for each in DUMPS), ""]).encode()
+            )
         if request.path in self._pages:
             return _json(await self._pages[request.path]())
+        if request.path == "/authz":
+            return await self._authz(request)
         if name in DUMPS:
             try:
-                return _json(shaped(name, await self._agent.engine.dump(name)))
+                return _json(shaped(name, await self._agent.engine.dump(name, request.query.get("containing", ""))))
             except EngineError as err:
                 return Response(_text({"error": str(err)}), "application/json", HTTPStatus.SERVICE_UNAVAILABLE)
         return refuse(HTTPStatus.NOT_FOUND)
+
+    async def _authz(self, request: Request) -> Response:
+        """What this node's engine would decide about `identity` ("" or left out: none), `source`, `destination`."""
+        asked = {name: request.query.get(name, "") for name in ("identity", "source", "destination")}
+        try:
+            answer = await self._agent.engine.authz(**asked)
+        except EngineAway as err:
+            return Response(_text({"error": str(err)}), "application/json", HTTPStatus.SERVICE_UNAVAILABLE)
+        except EngineError as err:
+            return Response(_text({"error": str(err)}), "application/json", HTTPStatus.BAD_REQUEST)
+        return _json({"node": self._agent.place.node, **asked, **answer})
 
     async def ready(self, request: Request) -> Response:
         """/healthz/ready in the words of reference/ztunnel.md 8.4."""
@@ -81,6 +97,11 @@ class Pages:
         )
         for decision, count in packets.items():
             agent.metrics.set("sidestep_capture_packets_total", count, decision=decision)
+        try:
+            for result, count in (await agent.captures.kubelet_counters()).items():
+                agent.metrics.set("sidestep_probe_syns_total", count, result=result)
+        except CaptureError:
+            pass  # nothing is attached: the last values stand
         try:
             text = await agent.engine.metrics() if agent.engine.up else ""
         except EngineError:
@@ -106,6 +127,7 @@ class Pages:
             "engine": {"connected": agent.engine.up, **(dict(hello.info) if hello else {})},
             "control": self._control(),
             "settings": dict(agent.place.settings),
+            "probes": agent.probes.status(),
             "pods": {
                 "total": len(agent.pods),
                 "enrolled": sum(1 for pod in pods if pod["enrolled"]),
@@ -118,6 +140,9 @@ class Pages:
     async def _pods(self) -> list[dict[str, Any]]:
         agent = self._agent
         shown = [self._pod(resident) for resident in agent.residents.values()]
+        carried = await self._carried()
+        for each in shown:  # the agent itself counts them only while a pod drains
+            each["connections"] = carried.get(each["uid"], each["connections"])
         for uid, pod in agent.pods.items():
             if uid not in agent.residents:
                 why = agent.verdict(pod)
@@ -133,9 +158,22 @@ class Pages:
                         "enrolled": False,
                         "why": why.value,
                         "raw": pod.raw,
+                        "service_account": pod.service_account,
+                        "host_network": pod.host_network,
+                        "ports": {},
+                        "declared_ports": list(pod.ports),
                     }
                 )
         return sorted(shown, key=lambda pod: (str(pod["namespace"]), str(pod["name"])))
+
+    async def _carried(self) -> dict[str, int]:
+        """Open connections of each pod that the engine has, by UID; nothing where it does not answer."""
+        if not self._agent.engine.up:
+            return {}
+        try:
+            return {str(each["uid"]): int(each["connections"]) for each in await self._agent.engine.dump("pods")}
+        except EngineError:
+            return {}
 
     def _pod(self, resident: Resident) -> dict[str, Any]:
         agent, pod = self._agent, resident.pod
@@ -164,6 +202,9 @@ class Pages:
             },
             "netns_ino": resident.netns.ino if resident.netns else resident.captured_ino,
             "raw": pod.raw if pod else False,
+            "host_network": pod.host_network if pod else False,
+            "declared_ports": list(pod.ports) if pod else [],
+            "probed": list(pod.probed) if pod else [],
         }
 
     async def _certificates(self) -> list[dict[str, Any]]:
@@ -186,9 +227,8 @@ class Pages:
             "version": {"version": __version__, "istioVersion": __version__, "buildStatus": "sidestep"},
             "config": {
                 "localNode": agent.place.node,
-                "clusterId": agent.names.cluster_id,
-                "clusterDomain": agent.names.trust_domain,
-                **{str(key): value for key, value in agent.place.settings.items()},
+                "clusterDomain": agent.place.cluster_domain,
+                **{_camel(key): value for key, value in agent.place.settings.items() if key != "node"},
             },
             "certificates": [_config_certificate(identity) for identity in agent.identities],
             "workloadState": {
@@ -204,6 +244,12 @@ class Pages:
                 if resident.pod is not None
             },
         }
+
+
+def _camel(name: str) -> str:
+    """trust_domain -> trustDomain, as all of the dump."""
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
 
 
 def only_local(handler: Handler) -> Handler:

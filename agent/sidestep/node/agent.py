@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from sidestep.node import log
@@ -21,6 +22,7 @@ from sidestep.node.identities import Certificate, Identities
 from sidestep.node.metrics import Metrics
 from sidestep.node.netns import Netns, NetnsError, Record, Records
 from sidestep.node.pods import EXCLUDED_NAMESPACES, Pod, Verdict, eligible
+from sidestep.node.probes import Exemption, Ports
 from sidestep.node.reconcile import Capture, Desired, Serving, Step
 from sidestep.node.resident import ApiError, Names, PodStatus, Resident, Steps, restore
 
@@ -58,6 +60,7 @@ class Place:
     node: str
     settings: Mapping[str, Any]
     excluded: frozenset[str] = EXCLUDED_NAMESPACES
+    cluster_domain: str = "cluster.local"  # the DNS suffix of Services
 
 
 class Agent:
@@ -74,6 +77,7 @@ class Agent:
         records: Records,
         metrics: Metrics,
         uniform: Callable[[], float],
+        kubelet_cgroup: Path | None = None,
     ) -> None:
         self.place = place
         self.names = names
@@ -90,7 +94,8 @@ class Agent:
         self._authority = authority
         self._records = records
         self._known_records: dict[str, Record] = {}
-        self._steps = Steps(names, captures, self.engine, api, records, metrics, self._has_identity)
+        self.probes = Exemption(captures, kubelet_cgroup, self._probed)
+        self._steps = Steps(names, captures, self.engine, api, records, metrics, self._has_identity, self.probes.keep)
         self._engine_identities: dict[str, float] = {}
         self._asked = asyncio.Event()
         self._cached = asyncio.Event()
@@ -105,6 +110,7 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             self._group = group
             await self._restore()
+            await self.probes.keep()
             self.restored.set()
             group.create_task(self.engine.run(), name="engine")
             group.create_task(self._verify(), name="verify")
@@ -454,6 +460,12 @@ class Agent:
         self.identities.need(needed, time.time())
         self._asked.set()
 
+    def roots_changed(self, pem: str) -> None:
+        """The cluster trusts other roots now: certificates with the ones before are renewed soon."""
+        count = self.identities.roots_changed(pem, time.time())
+        log.event("roots_changed", renewed_soon=count)
+        self._asked.set()
+
     async def _certify(self) -> None:
         """Asks for certificates when they are due, a few at a time."""
         slots = asyncio.Semaphore(CA_CONCURRENCY)
@@ -531,7 +543,21 @@ class Agent:
                 if resident.listeners and not verified.listeners and self.engine.up:
                     resident.listeners = False
                     resident.wake.set()
+            await self.probes.keep()
             self._gauges()
+
+    def _probed(self) -> tuple[Ports, bool]:
+        """Ports of captured pods that the kubelet may ask; port 0 stands for the pod. All of them, or is the API's list
+        still incomplete?
+        """
+        ports = {
+            (address, port)
+            for resident in self.residents.values()
+            if resident.capture is not Capture.ABSENT and resident.pod is not None
+            for address in resident.known_addresses
+            for port in (0, *resident.pod.probed)
+        }
+        return frozenset(ports), self.listed
 
     def _gauges(self) -> None:
         residents = list(self.residents.values())
@@ -541,7 +567,7 @@ class Agent:
         self.metrics.set("workload_manager_pending_proxy_count", len(wanted) - len(served))
         self.metrics.set("sidestep_pods_raw", sum(1 for r in served if r.pod is not None and r.pod.raw))
         self.metrics.set("sidestep_engine_up", int(self.engine.up))
-        self.metrics.set("sidestep_log_lines_dropped", log.dropped())
+        self.metrics.set("sidestep_agent_log_lines_dropped_total", log.dropped())
         now = time.time()
         states = [identity.valid(now) for identity in self.identities]
         self.metrics.set("sidestep_identities", states.count(True), state="available")

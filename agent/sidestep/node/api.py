@@ -1,8 +1,12 @@
 """What the agent asks of the Kubernetes API, in its own words: pods and namespaces as projections, one annotation,
 one root.
 
-Needed rights: list and watch pods and namespaces, get both, patch pods/status, get ConfigMap istio-ca-root-cert.
+Needed rights: list and watch pods and namespaces, get both, patch pods/status; get, list and watch ConfigMap
+istio-ca-root-cert in the system namespace; create and patch events.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sidestep.kube.client import KubeClient, KubeError
 from sidestep.kube.watch import Reflector
@@ -56,6 +60,43 @@ class ClusterApi:
         if not data.get(ROOT_KEY):
             raise ApiError(f"ConfigMap {self._system_namespace}/{ROOT_CONFIG_MAP} has no {ROOT_KEY}")
         return str(data[ROOT_KEY]).encode()
+
+    async def report(self, event: Mapping[str, Any]) -> None:
+        """Writes an Event; one of that name that is there gets the new count, time and message. In a namespace that is
+        going there is nothing to write.
+        """
+        meta = event["metadata"]
+        path = f"/api/v1/namespaces/{meta['namespace']}/events"
+        try:
+            try:
+                await self._client.create(path, event)
+            except KubeError as err:
+                if err.status != 409:
+                    raise
+                patch = {key: event[key] for key in ("count", "lastTimestamp", "message")}
+                await self._client.patch(f"{path}/{meta['name']}", patch)
+        except KubeError as err:
+            if err.status != 404 and "being terminated" not in err.message:
+                raise ApiError(str(err)) from None
+
+
+def root_reflector(client: KubeClient, system_namespace: str, changed: Callable[[str], None]) -> "Reflector[str]":
+    """A watch of the roots that the cluster trusts: `changed` is told the new ones, never the first."""
+    last = ""
+
+    def root_of(obj: Mapping[str, Any]) -> str:
+        mine = obj["metadata"].get("name") == ROOT_CONFIG_MAP
+        return str((obj.get("data") or {}).get(ROOT_KEY) or "") if mine else ""
+
+    def seen(_key: str, _old: str | None, new: str | None) -> None:
+        nonlocal last
+        if new and new != last:
+            before, last = last, new
+            if before:
+                changed(new)
+
+    path = f"/api/v1/namespaces/{system_namespace}/configmaps"
+    return Reflector(client, path, root_of, seen, field_selector=f"metadata.name={ROOT_CONFIG_MAP}")
 
 
 def reflectors(client: KubeClient, agent: Agent, node: str) -> "tuple[Reflector[Pod], Reflector[tuple[str, str]]]":

@@ -7,6 +7,7 @@ intermediates, roots; only a chain whose leaf carries our key and exactly the id
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from sidestep.wire.pb import citadel_pb2
 METHOD = "/istio.v1.auth.IstioCertificateService/CreateCertificate"
 LIFETIME_S = 86400
 REQUEST_S = 10.0
+REPLACED = "the channel to the authority was replaced meanwhile"
 
 
 class Authority:
@@ -53,9 +55,17 @@ class Authority:
         except grpc.aio.AioRpcError as err:
             self._suspect = True
             raise CertificateError(f"{err.code().name}: {err.details()}") from None
+        except grpc.aio.UsageError:
+            raise CertificateError(REPLACED) from None
+        except asyncio.CancelledError:
+            # Closing a channel cancels its calls: that is an end of the request, not of the task.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise CertificateError(REPLACED) from None
         except (OSError, ValueError) as err:
             raise CertificateError(str(err)) from None
-        return accept(uri, key, list(response.cert_chain))
+        return current(accept(uri, key, list(response.cert_chain)), time.time())
 
 
 def credentials(token_file: Path | None, cluster_id: str) -> tuple[tuple[str, str], ...]:
@@ -102,6 +112,14 @@ def accept(uri: str, key: ec.EllipticCurvePrivateKey, chain: list[str]) -> Certi
         not_after_s=leaf.not_valid_after_utc.timestamp(),
         serial=str(leaf.serial_number),
     )
+
+
+def current(certificate: Certificate, now_s: float) -> Certificate:
+    """The certificate. Raises CertificateError where it has ended already: nobody would take it."""
+    if certificate.not_after_s <= now_s:
+        ended = f"{now_s - certificate.not_after_s:.0f} s ago"
+        raise CertificateError(f"the authority's certificate ended {ended}: do the clocks differ?")
+    return certificate
 
 
 def _check_signatures(chain: list[x509.Certificate], roots: list[x509.Certificate]) -> None:

@@ -7,8 +7,9 @@ comes back; that thread does nothing else.
 
 import asyncio
 import errno
+import ipaddress
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _MODES = {
 _MISSING = {
     _lib.CAPTURE_NO_PINS: "pins",
     _lib.CAPTURE_NO_OUT_ETH: "egress program",
+    _lib.CAPTURE_NO_IN_ETH: "ingress program",
     _lib.CAPTURE_NO_IN_LO: "ingress program on lo",
     _lib.CAPTURE_NO_OUT_LO: "egress program on lo",
     _lib.CAPTURE_NO_STEER: "sk_lookup program",
@@ -40,6 +42,8 @@ _MISSING = {
 }
 _ALL_SLOTS = (1 << _lib.SLOT_COUNT) - 1
 _LAYOUT = "v1"  # CAPTURE_LAYOUT of bpf/loader.h
+_NODE = "node"  # the kubelet exemption's pins, beside the pods'
+_NOTES = {_lib.KUBELET_NOTED: "noted", _lib.KUBELET_REFUSED: "refused_port", _lib.KUBELET_FULL: "full"}
 
 T = TypeVar("T")
 
@@ -81,10 +85,7 @@ class Captures:
 
     def __init__(self, directory: Path) -> None:
         """Opens (and makes) the directory of pins. Raises CaptureError where it is not on a bpffs."""
-        if _filesystem(directory) != "bpf":
-            raise CaptureError(
-                f"{directory} is not on a bpffs: mount -t bpf bpf /sys/fs/bpf, or give another --bpf-dir"
-            )
+        _require_bpffs(directory)
         self._directory = directory / _LAYOUT
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="capture")
@@ -99,6 +100,8 @@ class Captures:
         def work() -> dict[str, Found]:
             found = {}
             for uid in os.listdir(self._directory):
+                if uid == _NODE:
+                    continue
                 try:
                     found[uid] = self._read(uid)
                 except CaptureError:
@@ -155,6 +158,41 @@ class Captures:
 
         return await self._call(work)
 
+    async def kubelet_attach(self, cgroup: Path) -> bool:
+        """Notes the probes that are sent from this cgroup2 directory. True: it was not so before, and no port is
+        known.
+        """
+        path = str(cgroup).encode()
+        return await self._call(lambda: bool(_check(lambda error: _lib.kubelet_attach(self._node(), path, error))))
+
+    async def kubelet_ports(self, ports: Collection[tuple[str, int]], exact: bool) -> None:
+        """Which (address, port) may be probed; port 0 names an enrolled pod. `exact`: and no others from here on."""
+        made = _ffi.new("struct kubelet_port[]", max(1, len(ports)))
+        for each, (address, port) in zip(made, ports, strict=False):
+            try:
+                ip = ipaddress.ip_address(address)
+            except ValueError as err:
+                raise CaptureError(f"ports that are probed: {err}") from None
+            _ffi.memmove(each.ip, bytes(10) + b"\xff\xff" + ip.packed if ip.version == 4 else ip.packed, 16)
+            each.port = port
+        await self._call(
+            lambda: _check(lambda error: _lib.kubelet_ports(self._node(), made, len(ports), int(exact), error))
+        )
+
+    async def kubelet_detach(self) -> None:
+        """No probe is told from other clear text any more."""
+        await self._call(lambda: _check(lambda error: _lib.kubelet_detach(self._node(), error)))
+
+    async def kubelet_counters(self) -> Mapping[str, int]:
+        """SYNs of the kubelet to enrolled pods, by result. Raises CaptureError where nothing is attached."""
+
+        def work() -> dict[str, int]:
+            values = _ffi.new(f"uint64_t[{_lib.KUBELET_MAX}]")
+            _check(lambda error: _lib.kubelet_counters(self._node(), values, _lib.KUBELET_MAX, error))
+            return {name: int(values[number]) for number, name in _NOTES.items()}
+
+        return await self._call(work)
+
     @asynccontextmanager
     async def maps(self, uid: str) -> AsyncIterator[tuple[int, int]]:
         """File descriptors of `listeners` and `engine_sk`, closed at the end."""
@@ -166,8 +204,11 @@ class Captures:
             os.close(listeners[0])
             os.close(engine_sk[0])
 
+    def _node(self) -> bytes:
+        return str(self._directory / _NODE).encode()
+
     def _pins(self, uid: str) -> bytes:
-        if not uid or "/" in uid or uid.startswith("."):
+        if not uid or "/" in uid or uid.startswith(".") or uid == _NODE:
             raise CaptureError(f"not a pod's UID: {uid[:64]!r}")
         return str(self._directory / uid).encode()
 
@@ -200,11 +241,18 @@ def probe() -> Iterator[tuple[str, str, str]]:
         number += 1
 
 
-def require() -> None:
-    """Raises CaptureError where this kernel, or what this process may do, is not enough."""
+def require(directory: Path) -> None:
+    """Raises CaptureError where this kernel, what this process may do, or the place for pins is not enough. Makes
+    nothing."""
+    _require_bpffs(directory)
     for name, problem, advice in probe():
         if problem:
             raise CaptureError(f"BPF {name} cannot be loaded: {problem}; needed: {advice}")
+
+
+def _require_bpffs(directory: Path) -> None:
+    if _filesystem(directory) != "bpf":
+        raise CaptureError(f"{directory} is not on a bpffs: mount -t bpf bpf /sys/fs/bpf, or give another --bpf-dir")
 
 
 def _check(call: Callable[[Any], int]) -> int:

@@ -34,12 +34,14 @@ class Config:
     control_name: str
     cluster_cidrs: tuple[str, ...]
     trust_domain: str
+    cluster_domain: str
     cluster_id: str
     network: str
     same_node: str
     unknown: str
     drain_quiet_s: float
     pod_netns_dir: Path | None
+    kubelet_cgroup: Path | None
     token_file: Path | None
     state_file: Path | None
     system_namespace: str
@@ -64,15 +66,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--control-name", default="", metavar="NAME", help="name in the control plane's certificate (default: HOST)")
     add("--cluster-cidr", action="append", default=[], metavar="CIDR", help="a range of the cluster's addresses")
     add("--trust-domain", default="cluster.local", metavar="TD")
+    add("--cluster-domain", default="cluster.local", metavar="DOMAIN", help="DNS suffix of Services")
     add("--cluster-id", default="Kubernetes", metavar="ID")
     add("--network", default="", metavar="N")
     add("--same-node", choices=("direct", "mtls"), default="direct", help="between two pods of this node")
     add("--unknown", choices=("hold", "pass"), default="hold", help="cluster addresses without a record")
     add("--drain-quiet-s", type=float, default=10.0, metavar="S", help="quiet time before a released pod is let go")
     add("--pod-netns-dir", type=Path, metavar="DIR", help="where the runtime pins namespaces, named by pod UID")
+    add(
+        "--kubelet-cgroup", type=Path, metavar="DIR", help="the kubelet's cgroup2 directory (default: it is looked for)"
+    )
     add("--token-file", type=Path, metavar="FILE", help="service account token for the control plane")
     add("--state-file", type=Path, metavar="FILE", help="workloads and services instead of a control plane (tests)")
-    add("--system-namespace", default="istio-system", metavar="NS", help="namespace of ConfigMap istio-ca-root-cert")
+    add(
+        "--system-namespace",
+        default="istio-system",
+        metavar="NS",
+        help="the root namespace: its policies are for the whole mesh, and it holds ConfigMap istio-ca-root-cert",
+    )
     add("--exclude-namespace", action="append", default=[], metavar="NS", help="never enrolled, beside kube-system")
 
 
@@ -100,12 +111,14 @@ def config_of(args: argparse.Namespace) -> Config:
         control_name=args.control_name or args.control.rpartition(":")[0].strip("[]"),
         cluster_cidrs=tuple(args.cluster_cidr),
         trust_domain=args.trust_domain,
+        cluster_domain=args.cluster_domain,
         cluster_id=args.cluster_id,
         network=args.network,
         same_node=args.same_node,
         unknown=args.unknown,
         drain_quiet_s=args.drain_quiet_s,
         pod_netns_dir=args.pod_netns_dir,
+        kubelet_cgroup=args.kubelet_cgroup,
         token_file=args.token_file,
         state_file=args.state_file,
         system_namespace=args.system_namespace,

@@ -65,9 +65,11 @@ def service(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shaped(what: str, records: list[Any]) -> list[Any]:
-    """A whole dump: workloads by uid, services by hostname; any other as it is."""
+    """A whole dump: workloads by uid, services by hostname, policies by key; any other as it is."""
     if what == "workloads":
         return sorted((workload(each) for each in records), key=lambda each: str(each.get("uid", "")))
     if what == "services":
         return sorted((service(each) for each in records), key=lambda each: str(each["hostname"]))
+    if what == "policies":
+        return sorted(records, key=lambda each: str(each.get("key", "")))
     return records

@@ -8,6 +8,7 @@ one reply and a deadline. Bulk goes and comes in sealed memfds, which are closed
 import array
 import asyncio
 import json
+import mmap
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -291,7 +292,7 @@ class Engine:
 
     async def apply(self, batch: Batch) -> list[tuple[str, str]]:
         """APPLY; ends the batch. Returns the rejected records: (name, reason). When it returns every worker has
-        adopted the state.
+        adopted the state and has reset the open connections that it denies.
         """
         memfd, size = batch.seal()
         try:
@@ -306,9 +307,21 @@ class Engine:
         _, fds = await self._call(channel.METRICS, {})
         return _read_memfds(fds).decode("utf-8", "replace")
 
-    async def dump(self, what: str) -> list[Any]:
-        """DUMP: a list of objects."""
+    async def authz(self, identity: str, source: str, destination: str) -> dict[str, Any]:
+        """AUTHZ: what the engine would decide about a connection (docs/interfaces.md), by its own decision function.
+
+        `identity`: a SPIFFE URI, or "" for none; `source`: "IP" or "IP:PORT"; `destination`: "IP:PORT".
+        """
+        answer = await self._simple(channel.AUTHZ, {"identity": identity, "source": source, "destination": destination})
+        return {key: value for key, value in answer.items() if key != "ok"}
+
+    async def dump(self, what: str, containing: str = "") -> list[Any]:
+        """DUMP: a list of objects; with a text only those that contain it, as it stands in the engine's JSON. A record
+        that does not is passed over unread: of a hundred thousand, a few cost no memory.
+        """
         _, fds = await self._call(channel.DUMP, {"what": what})
+        if containing:
+            return _lines_with(fds, containing.encode())
         found = json.loads(_read_memfds(fds) or b"[]")
         return found if isinstance(found, list) else []
 
@@ -354,6 +367,18 @@ def _fds(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
 def _close(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def _lines_with(fds: Sequence[int], text: bytes) -> list[Any]:
+    """The records of the first fd, one a line, that contain the text; closes all."""
+    try:
+        if not fds or not os.fstat(fds[0]).st_size:
+            return []
+        with mmap.mmap(fds[0], 0, prot=mmap.PROT_READ) as whole:
+            lines = iter(whole.readline, b"")
+            return [json.loads(line.rstrip(b",\n")) for line in lines if line.startswith(b"{") and text in line]
+    finally:
+        _close(fds)
 
 
 def _read_memfds(fds: Sequence[int]) -> bytes:

@@ -8,8 +8,9 @@ import asyncio
 import errno
 import socket
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
+from urllib.parse import parse_qsl
 
 from sidestep.node import log
 
@@ -18,15 +19,19 @@ HEAD_S = 2.0
 ANSWER_S = 10.0
 WRITE_S = 10.0
 CONNECTIONS = 64
+PARAMETERS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request's head. `path` without the query; header names in lower case."""
+    """A request's head. `path` without the query; header names in lower case; of a parameter that is given twice the
+    last counts.
+    """
 
     method: str
     path: str
     headers: Mapping[str, str]
+    query: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,4 +131,6 @@ def _parse(head: bytes) -> Request:
             if not colon:
                 raise ValueError("a header without a colon")
             headers[name.strip().lower()] = value.strip()
-    return Request(method, target.partition("?")[0], headers)
+    path, _, query = target.partition("?")
+    parameters = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=PARAMETERS))
+    return Request(method, path, headers, parameters)

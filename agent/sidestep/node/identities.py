@@ -4,6 +4,9 @@ An *identity* is a SPIFFE URI; one certificate per identity serves every pod of 
 is renewed at half its life, with jitter so that a node's certificates do not all come due together; a request that
 fails is repeated after 1 s, twice as long each time, at most 150 s, and never later than the certificate ends. An
 identity that no pod uses is dropped. Keys are in memory only: `Certificate` never shows its key in a repr.
+
+*Roots* come with each certificate: whom its holder trusts. When they change, a peer may soon show a certificate of a
+root that this node has not heard of, so every certificate is renewed within ROOTS_SPREAD_S, spread evenly.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +15,8 @@ from dataclasses import dataclass, field, replace
 BACKOFF_FIRST_S = 1.0
 BACKOFF_LAST_S = 150.0
 JITTER = 0.1
+ROOTS_SPREAD_S = 10.0
+ROOTS_SEEN = 16  # sets of roots that are remembered: two authorities that disagree must not renew for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +30,23 @@ class Certificate:
     not_after_s: float
     serial: str
 
+    @property
+    def roots(self) -> frozenset[str]:
+        """Its roots, to be compared with others'."""
+        return roots_of(self.roots_pem)
+
+
+def roots_of(pem: str) -> frozenset[str]:
+    """The certificates of a PEM text, whatever their order and what stands between them."""
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    return frozenset("".join(part.partition(begin)[2].split()) for part in pem.split(end)[:-1])
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One identity: its certificate if there is one, when to ask (again), how long to wait after the next failure."""
+    """One identity: its certificate if there is one, when to ask (again), how long to wait after the next failure.
+    `roots`: how often the roots had changed when it was asked for last.
+    """
 
     uri: str
     certificate: Certificate | None = None
@@ -36,6 +54,7 @@ class Identity:
     backoff_s: float = BACKOFF_FIRST_S
     asking: bool = False
     error: str = ""
+    roots: int = 0
 
     def valid(self, now_s: float) -> bool:
         """There is a certificate and it has not ended."""
@@ -51,6 +70,8 @@ class Identities:
     def __init__(self, uniform: Callable[[], float]) -> None:
         self._uniform = uniform
         self._known: dict[str, Identity] = {}
+        self._roots = 0
+        self._seen: list[frozenset[str]] = []
 
     def __iter__(self) -> Iterator[Identity]:
         return iter(sorted(self._known.values(), key=lambda identity: identity.uri))
@@ -82,7 +103,7 @@ class Identities:
     def asking(self, uri: str) -> None:
         """A request is under way."""
         if uri in self._known:
-            self._known[uri] = replace(self._known[uri], asking=True)
+            self._known[uri] = replace(self._known[uri], asking=True, roots=self._roots)
 
     def obtained(self, uri: str, certificate: Certificate, now_s: float) -> bool:
         """A certificate came. Returns False where no pod needs it any more: it must be thrown away."""
@@ -91,17 +112,42 @@ class Identities:
             return False
         half = (certificate.not_after_s - certificate.not_before_s) / 2
         due = certificate.not_before_s + half * (1 - JITTER * self._uniform())
-        # A certificate that is already past its half (a clock that differs) is not asked for in a loop.
-        due = max(due, now_s + BACKOFF_FIRST_S)
-        self._known[uri] = Identity(uri, certificate, due_s=due)
+        # One that is already past its half (a clock that differs, an issuer that ends soon) is not asked for in a loop.
+        if due < now_s + BACKOFF_FIRST_S:
+            due = now_s + max(BACKOFF_FIRST_S, (certificate.not_after_s - now_s) / 2)
+        if identity.roots != self._roots and identity.asking:
+            due = min(due, self._soon(now_s))  # they changed while it was made
+        self._known[uri] = Identity(uri, certificate, due_s=due, roots=self._roots)
+        if certificate.roots not in self._seen:
+            first = not self._seen
+            self._seen = [*self._seen[1 - ROOTS_SEEN :], certificate.roots]
+            if not first:
+                self._renew_others(certificate.roots, now_s)
         return True
+
+    def roots_changed(self, pem: str, now_s: float) -> int:
+        """The cluster's roots are these now, and were others before. Returns how many certificates are renewed soon."""
+        self._roots += 1
+        return self._renew_others(roots_of(pem), now_s)
+
+    def _renew_others(self, roots: frozenset[str], now_s: float) -> int:
+        """Certificates with other roots are due soon."""
+        count = 0
+        for uri, identity in self._known.items():
+            if identity.certificate is not None and identity.certificate.roots != roots:
+                self._known[uri] = replace(identity, due_s=min(identity.due_s, self._soon(now_s)))
+                count += 1
+        return count
+
+    def _soon(self, now_s: float) -> float:
+        return now_s + ROOTS_SPREAD_S * self._uniform()
 
     def failed(self, uri: str, reason: str, now_s: float) -> float:
         """A request failed. Returns in how many seconds it is repeated."""
         identity = self._known.get(uri)
         if identity is None:
             return 0.0
-        wait = identity.backoff_s * (1 - 2 * JITTER + 4 * JITTER * self._uniform())
+        wait = identity.backoff_s * (1 - 2 * JITTER + 4 * JITTER * self._uniform())  # 0.8 to 1.2 of it
         if identity.certificate is not None and identity.certificate.not_after_s > now_s:
             wait = min(wait, max(BACKOFF_FIRST_S, identity.certificate.not_after_s - now_s))
         backoff = min(identity.backoff_s * 2, BACKOFF_LAST_S)

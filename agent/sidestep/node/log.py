@@ -9,12 +9,13 @@ import sys
 import time
 
 _LINE = 3000  # below PIPE_BUF: a pipe that polls writable takes it whole, without blocking
-_dropped = 0
+_dropped = 0  # since the last line that got through
+_lost = 0  # ever
 
 
 def event(name: str, **fields: object) -> None:
     """Writes one line. Empty fields are left out, values with spaces quoted; control characters never get through."""
-    global _dropped
+    global _dropped, _lost
     parts = [time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z", name]
     parts += [f"{key}={_text(value)}" for key, value in fields.items() if value is not None and value != ""]
     if _dropped:
@@ -26,17 +27,17 @@ def event(name: str, **fields: object) -> None:
         poll.register(fd, select.POLLOUT)
         ready = poll.poll(0)
         if not ready or not ready[0][1] & select.POLLOUT:
-            _dropped += 1
+            _dropped, _lost = _dropped + 1, _lost + 1
             return
         os.write(fd, line.encode())
         _dropped = 0
     except (OSError, ValueError):
-        _dropped += 1
+        _dropped, _lost = _dropped + 1, _lost + 1
 
 
 def dropped() -> int:
-    """Lines lost since the last one that got through."""
-    return _dropped
+    """Lines lost since the start."""
+    return _lost
 
 
 def _text(value: object) -> str:

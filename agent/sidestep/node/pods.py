@@ -6,7 +6,7 @@ Pure: no I/O.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -16,6 +16,12 @@ REDIRECTION = "ambient.istio.io/redirection"
 SIDECAR = "sidecar.istio.io/status"
 EXCLUDED_NAMESPACES = frozenset({"kube-system"})
 
+PROBED_PORTS = 64  # of one pod; more are not exempt
+DECLARED_PORTS = 64  # of one pod; more are not shown
+
+_NOT_PROBED = 15008  # HBONE: it is nobody's but the engine's
+_PROBES = ("readinessProbe", "livenessProbe", "startupProbe")
+_HOOKS = ("postStart", "preStop")
 _RAW = frozenset({"ALL", "NET_RAW", "NET_ADMIN", "CAP_NET_RAW", "CAP_NET_ADMIN"})
 
 
@@ -24,6 +30,8 @@ class Pod:
     """One pod of this node. `ips` as the API lists them (text, both families); `phase` as in its status.
 
     `raw`: some container may hold CAP_NET_RAW or CAP_NET_ADMIN, so capture does not bind it (docs/threat-model.md).
+    `probed`: the ports that the kubelet asks by TCP, by the containers' declared probes and hooks. `ports`: the TCP
+    ports that its containers declare; what they say binds nobody, it is shown to people.
     """
 
     uid: str
@@ -39,6 +47,8 @@ class Pod:
     sidecar: bool
     redirection: str
     raw: bool
+    probed: tuple[int, ...] = ()
+    ports: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -83,7 +93,9 @@ def pod_of(obj: Mapping[str, Any]) -> Pod:
         mode=(meta.get("labels") or {}).get(MODE_LABEL, ""),
         sidecar=SIDECAR in annotations,
         redirection=annotations.get(REDIRECTION, ""),
-        raw=any(_may_send_raw(c) for part in ("initContainers", "containers") for c in spec.get(part) or ()),
+        raw=any(_may_send_raw(c) for c in _containers(spec)),
+        probed=tuple(sorted({port for c in _containers(spec) for port in _probed(c)})[:PROBED_PORTS]),
+        ports=tuple(sorted({port for c in _containers(spec) for port in _declared(c)})[:DECLARED_PORTS]),
     )
 
 
@@ -131,6 +143,43 @@ def uid_of_cgroup(text: str) -> str | None:
     lines = [line for line in text.splitlines() if "kubepods" in line]
     found = {match.replace("_", "-") for line in lines for match in _POD_UID.findall(line)}
     return found.pop() if len(found) == 1 else None
+
+
+def _containers(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for part in ("initContainers", "containers"):
+        yield from spec.get(part) or ()
+
+
+def _declared(container: Mapping[str, Any]) -> Iterator[int]:
+    """TCP ports that a container declares."""
+    for each in container.get("ports") or ():
+        port = each.get("containerPort")
+        if isinstance(port, int) and each.get("protocol", "TCP") == "TCP":
+            yield port
+
+
+def _probed(container: Mapping[str, Any]) -> Iterator[int]:
+    """Ports of the pod that the kubelet connects to for this container. One that asks another host is none of ours,
+    and what makes no sense is left out: it is then asked like any other port.
+    """
+    lifecycle = container.get("lifecycle") or {}
+    handlers = [container.get(name) or {} for name in _PROBES] + [lifecycle.get(name) or {} for name in _HOOKS]
+    for handler in handlers:
+        for kind in ("httpGet", "tcpSocket", "grpc"):
+            action = handler.get(kind) or {}
+            port = _port(container, action.get("port"))
+            if port is not None and not action.get("host"):
+                yield port
+
+
+def _port(container: Mapping[str, Any], port: Any) -> int | None:
+    """A port by number, by the name of one of the container's ports, or (as the kubelet reads it) by digits."""
+    if isinstance(port, str):
+        named = [entry.get("containerPort") for entry in container.get("ports") or () if entry.get("name") == port]
+        port = named[0] if named else int(port) if re.fullmatch("[0-9]{1,5}", port) else None
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536 or port == _NOT_PROBED:
+        return None
+    return port
 
 
 def _may_send_raw(container: Mapping[str, Any]) -> bool:

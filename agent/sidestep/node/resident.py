@@ -8,7 +8,7 @@ s, twice as long each time, at most 5 s.
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -90,6 +90,11 @@ class Resident:
         """Captured, verified, and the engine listens: what CNI ADD and the annotation promise."""
         return self.captured and self.intact and self.engine is Serving.SERVING and self.listeners
 
+    @property
+    def known_addresses(self) -> tuple[str, ...]:
+        """The API's list where it has one: prevResult names only what one plugin gave."""
+        return (self.pod.ips if self.pod else ()) or self.addresses
+
     def take(self, verified: Verified) -> None:
         """What verification found."""
         self.listeners, self.pins = verified.listeners, verified.pins
@@ -129,6 +134,7 @@ class Steps:
         records: Records,
         metrics: Metrics,
         has_identity: Callable[[str], bool],
+        keep_probes: Callable[[], Awaitable[None]],
     ) -> None:
         self._names = names
         self._captures = captures
@@ -137,6 +143,7 @@ class Steps:
         self._records = records
         self._metrics = metrics
         self._has_identity = has_identity
+        self._keep_probes = keep_probes
 
     async def work(self, resident: Resident) -> None:
         """Moves a resident until nothing of ours is left in it and nothing is wanted; then lets its namespace go."""
@@ -215,7 +222,7 @@ class Steps:
         netns, pod = resident.netns, resident.pod
         return Actual(
             netns=netns is not None,
-            address=bool(self._addresses(resident)),
+            address=bool(resident.known_addresses),
             moved=netns is not None and resident.capture is not Capture.ABSENT and resident.captured_ino != netns.ino,
             capture=resident.capture,
             intact=resident.intact,
@@ -229,17 +236,12 @@ class Steps:
             quiet_ms=resident.quiet_ms,
         )
 
-    @staticmethod
-    def _addresses(resident: Resident) -> tuple[str, ...]:
-        """The API's list where it has one: prevResult names only what one plugin gave."""
-        return (resident.pod.ips if resident.pod else ()) or resident.addresses
-
     async def _find_netns(self, resident: Resident) -> None:
         """By the runtime's directory, then by the pod's processes. What a search finds must own an address of the
         pod.
         """
         resident.searches += 1
-        addresses = self._addresses(resident)
+        addresses = resident.known_addresses
         if not addresses:
             return
         found = {}
@@ -264,9 +266,10 @@ class Steps:
         match step:
             case Step.PREPARE:
                 netns = _known(resident.netns)
-                await self._captures.prepare(uid, self._addresses(resident))
+                await self._captures.prepare(uid, resident.known_addresses)
                 resident.capture, resident.captured_ino, resident.listeners = Capture.PREPARED, netns.ino, False
                 self._record(resident)
+                await self._keep_probes()  # before anything is captured
             case Step.STRICT | Step.LENIENT | Step.TIGHTEN | Step.DRAIN:
                 mode = {Step.LENIENT: Capture.LENIENT, Step.DRAIN: Capture.DRAINING}.get(step, Capture.STRICT)
                 try:
@@ -285,7 +288,7 @@ class Steps:
                 lost = not resident.pins
                 if lost:
                     # The maps are out of reach: new ones, and the engine's sockets must be in them and marked in them.
-                    await self._captures.prepare(uid, self._addresses(resident))
+                    await self._captures.prepare(uid, resident.known_addresses)
                 # Every call attaches what is not attached: the mode that it has already puts back what was taken out.
                 await self._captures.set_mode(uid, _known(resident.netns), resident.interface, resident.capture)
                 self._metrics.add("sidestep_capture_repairs_total")
@@ -313,6 +316,7 @@ class Steps:
                 resident.capture, resident.intact, resident.listeners, resident.old = Capture.ABSENT, True, False, 0
                 resident.captured_ino = 0
                 resident.fresh = resident.fresh and resident.want.exists
+                await self._keep_probes()
             case Step.ANNOTATE | Step.CLEAR:
                 await self._annotate(resident, step is Step.ANNOTATE)
             case _:
@@ -328,7 +332,7 @@ class Steps:
             name=pod.name,
             service_account=pod.service_account,
             workload=workload_name(self._names.cluster_id, pod.namespace, pod.name),
-            addresses=self._addresses(resident),
+            addresses=resident.known_addresses,
             identity=self._names.identity(pod),
             netns_cookie=netns.cookie,
             netns_ino=netns.ino,
@@ -379,7 +383,7 @@ class Steps:
                     netns_path=netns.path,
                     netns_ino=netns.ino,
                     netns_cookie=netns.cookie,
-                    addresses=self._addresses(resident),
+                    addresses=resident.known_addresses,
                 )
             )
 

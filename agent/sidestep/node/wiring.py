@@ -8,6 +8,7 @@ import json
 import random
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from sidestep.kube.client import KubeClient
 from sidestep.node import ca, cni, httpd, log
 from sidestep.node.admin import Pages, only_local
 from sidestep.node.agent import Agent, Authority, CertificateError, Place
-from sidestep.node.api import ClusterApi, reflectors
+from sidestep.node.api import ClusterApi, reflectors, root_reflector
 from sidestep.node.capture import Captures, require
 from sidestep.node.command import Config
+from sidestep.node.events import Reporter
 from sidestep.node.metrics import Metrics
 from sidestep.node.netns import Records
 from sidestep.node.resident import ApiError, Names
 from sidestep.node.xds import Feed, Stream
 
 ROOT_S = 5.0
+CALL_S = 5.0
 GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", 200 * 1024 * 1024),
     ("grpc.keepalive_time_ms", 30_000),
@@ -44,8 +47,8 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    require(config.bpf_dir)  # before anything is made: what cannot work leaves nothing
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require()
     metrics = Metrics()
     if config.state_file is not None:
         from sidestep.node import statefile  # YAML and X.509 parsing cost memory that only tests need
@@ -57,7 +60,7 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
         files = statefile.FileAuthority() if config.state_file is not None else None
         authority: Authority = files or ca.Authority(channels.get, config.token_file, config.cluster_id)
         agent = Agent(
-            place=Place(config.node, _settings(config), config.excluded),
+            place=Place(config.node, _settings(config), config.excluded, config.cluster_domain),
             names=names,
             captures=captures,
             engine_path=config.engine_socket,
@@ -66,6 +69,7 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
             records=Records(config.run_dir / "pods"),
             metrics=metrics,
             uniform=random.random,
+            kubelet_cgroup=config.kubelet_cgroup,
         )
         feed: Feed
         if files is not None and config.state_file is not None:
@@ -88,6 +92,21 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
         pages = Pages(agent, feed.status, lambda: [*agent.pending(), *feed.pending()])
         cli = cni.listen(config.run_dir / "agent.sock", socket.SOCK_STREAM)
         pods, namespaces = reflectors(client, agent, config.node)
+        roots_changed = asyncio.Event()
+
+        def roots_seen(pem: str) -> None:
+            agent.roots_changed(pem)
+            roots_changed.set()
+
+        roots = root_reflector(client, config.system_namespace, roots_seen)
+
+        async def follow_roots() -> None:
+            while True:
+                await roots_changed.wait()
+                roots_changed.clear()
+                await channels.renew()
+
+        reporter = Reporter(config.node, api.report, time.time)
         log.event("start", node=config.node, engine=config.engine_socket, control=config.control or config.state_file)
 
         async def listed() -> None:
@@ -106,6 +125,10 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
                 group.create_task(feed.run(), name="feed"),
                 group.create_task(pods.run(), name="pods"),
                 group.create_task(namespaces.run(), name="namespaces"),
+                group.create_task(roots.run(), name="roots"),
+                group.create_task(follow_roots(), name="channel's roots"),
+                group.create_task(reporter.watch(agent), name="causes"),
+                group.create_task(reporter.run(), name="events"),
                 group.create_task(listed(), name="pods listed"),
                 group.create_task(namespaces_listed(), name="namespaces listed"),
                 group.create_task(cni.serve(config.run_dir / "cni.sock", agent), name="cni"),
@@ -124,9 +147,11 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
 
 
 class Channels:
-    """The gRPC channel to the control plane: TLS, trusted by the cluster's root only, the server's name checked.
+    """The gRPC channel to the control plane: TLS, trusted by the cluster's roots only, the server's name checked.
 
-    One channel for stream and requests; made anew when the root in the API has changed.
+    One channel for stream and requests; made anew when the roots in the API have changed, so that a server may show a
+    certificate of a new root at any time after it was published. A request that is under way on the old one has CALL_S
+    to end; the stream begins anew.
     """
 
     def __init__(self, config: Config, api: ClusterApi) -> None:
@@ -137,29 +162,49 @@ class Channels:
         self._making = asyncio.Lock()
 
     async def get(self, suspect: bool) -> grpc.aio.Channel:
-        """The channel; where the last attempt failed (`suspect`) only after a look at the root. Raises
-        CertificateError where the root is not to be had.
+        """The channel; where the last attempt failed (`suspect`) only after a look at the roots. Raises
+        CertificateError where they are not to be had.
         """
-        async with self._making:
-            return await self._get(suspect)
+        old = None
+        try:
+            async with self._making:
+                if self._channel is None or suspect:
+                    old = await self._make()
+                if self._channel is None:
+                    raise CertificateError("there is no channel to the control plane")
+                return self._channel
+        finally:
+            if old is not None:
+                await old.close(None)
 
-    async def _get(self, suspect: bool) -> grpc.aio.Channel:
-        if self._channel is not None and not suspect:
-            return self._channel
+    async def renew(self) -> None:
+        """The roots in the API have changed."""
+        old = None
+        async with self._making:
+            if self._channel is not None:
+                old = await self._make()
+        if old is not None:
+            log.event("channel_renewed", control=self._config.control)
+            await old.close(CALL_S)
+
+    async def _make(self) -> grpc.aio.Channel | None:
+        """Makes the channel where there is none or the roots are others. Returns the one whose place it takes. Raises
+        CertificateError where there is none and the roots are not to be had.
+        """
         try:
             async with asyncio.timeout(ROOT_S):
                 root = await self._api.root_certificate()
         except (ApiError, TimeoutError) as err:
             if self._channel is None:
                 raise CertificateError(str(err) or "the API did not answer in time") from None
-            return self._channel
-        if self._channel is None or root != self._root:
-            await self.close()
-            options = (*GRPC_OPTIONS, ("grpc.ssl_target_name_override", self._config.control_name))
-            credentials = grpc.ssl_channel_credentials(root_certificates=root)
-            self._channel = grpc.aio.secure_channel(self._config.control, credentials, options=options)
-            self._root = root
-        return self._channel
+            return None
+        if self._channel is not None and root == self._root:
+            return None
+        options = (*GRPC_OPTIONS, ("grpc.ssl_target_name_override", self._config.control_name))
+        credentials = grpc.ssl_channel_credentials(root_certificates=root)
+        old, self._channel = self._channel, grpc.aio.secure_channel(self._config.control, credentials, options=options)
+        self._root = root
+        return old
 
     async def close(self) -> None:
         """Ends the channel and every call on it."""
@@ -173,6 +218,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "network": config.network,
         "cluster_id": config.cluster_id,
         "trust_domain": config.trust_domain,
+        "root_namespace": config.system_namespace,
         "node": config.node,
         "cluster_cidrs": list(config.cluster_cidrs),
         "same_node": config.same_node,
@@ -185,7 +231,7 @@ def _node(config: Config) -> tuple[str, dict[str, str]]:
     pod, namespace, account = _token_pod(config.token_file)
     pod = pod or f"sidestep-agent-{config.node}"
     namespace = namespace or config.system_namespace
-    node_id = f"ztunnel~{config.node_ip}~{pod}.{namespace}~{namespace}.svc.{config.trust_domain}"
+    node_id = f"ztunnel~{config.node_ip}~{pod}.{namespace}~{namespace}.svc.{config.cluster_domain}"
     metadata = {
         "NAME": pod,
         "NAMESPACE": namespace,

@@ -1,13 +1,18 @@
 """Delta xDS: records go from the control plane to the engine as they came; the agent keeps name and version.
 
 A response becomes one batch (wire/batch.py) in one APPLY; it is acknowledged when the engine answers, that is when
-every worker has adopted it. Records that the engine rejects are named in a NACK and not remembered, so that the
-server sends them again. What the server is told on a new stream (initial_resource_versions) is what the engine said
-it holds: after a restart of the engine nothing, and everything comes again.
+every worker has adopted it and has judged its open connections anew. Records that the engine rejects are named in a
+NACK, the others of the response are in force; the rejected version is not remembered, so that the server sends it
+again. What the server is told on a new stream (initial_resource_versions) is what the engine said it holds: after a
+restart of the engine nothing, and everything comes again.
+
+A policy that is rejected and has no last good version is stood in for by the engine with one that denies its
+namespace. The server is told of it with version "": it must send it again, and say when it is gone.
 """
 
 import asyncio
 import ctypes
+import hashlib
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -20,7 +25,7 @@ from sidestep.node.agent import CertificateError
 from sidestep.node.ca import credentials
 from sidestep.node.engine import Engine, EngineError, Hello
 from sidestep.node.metrics import Metrics
-from sidestep.wire.batch import Batch, Op, Record
+from sidestep.wire.batch import NAME_MAX, VERSION_MAX, Batch, Op, Record
 from sidestep.wire.pb import discovery_pb2
 
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
@@ -30,6 +35,11 @@ KINDS = {ADDRESS: "address", AUTHORIZATION: "policy"}
 RETRY_FIRST_S = 0.01
 RETRY_LAST_S = 15.0
 MANY = 1000
+NACK_CHARS = 4000
+REFUSED_MAX = 256  # of each type, that /status tells of
+# The engine's report of what it rejects has 24 KiB and ends where the next line does not fit: one that is longer than
+# this may have been cut.
+REPORT_FULL = 21 * 1024
 _LIBC = ctypes.CDLL(None)
 
 
@@ -72,7 +82,7 @@ class Stream:
         self._changed = asyncio.Event()
         self._connected = False
         self._error = ""
-        self._rejected = ""
+        self._refused: dict[str, dict[str, str]] = {url: {} for url in KINDS}
 
     def engine_holds(self, hello: Hello) -> None:
         """A connection to the engine is there, and this is what it holds."""
@@ -82,6 +92,7 @@ class Stream:
             if kind in kinds:
                 self._held[kinds[kind]][name] = version
         self._acked = set()
+        self._refused = {url: {} for url in KINDS}
         self._changed.set()
 
     def pending(self) -> list[str]:
@@ -94,7 +105,12 @@ class Stream:
             "address": self._address,
             "connected": self._connected,
             "error": self._error,
-            "rejected": self._rejected,
+            "rejected": self._rejected(),
+            "refused": [
+                {"type": KINDS[url], "name": name, "reason": reason}
+                for url, refused in self._refused.items()
+                for name, reason in sorted(refused.items())[:REFUSED_MAX]
+            ],
             "resources": {KINDS[url]: len(held) for url, held in self._held.items()},
         }
 
@@ -112,7 +128,7 @@ class Stream:
                 wait_s = RETRY_FIRST_S
                 continue
             self._metrics.add("istio_xds_connection_terminations_total", reason=reason)
-            if reason == "Complete":
+            if reason in ("Complete", "Reconnect"):
                 wait_s = RETRY_FIRST_S
             await asyncio.sleep(wait_s * random.uniform(0.8, 1.2))
             wait_s = min(wait_s * 2, RETRY_LAST_S)
@@ -156,7 +172,7 @@ class Stream:
         except grpc.aio.AioRpcError as err:
             self._failed(f"{err.code().name}: {err.details()}")
             return "ConnectionError" if err.code() is grpc.StatusCode.UNAVAILABLE else "Error"
-        except asyncio.InvalidStateError:
+        except (asyncio.InvalidStateError, grpc.aio.UsageError):  # the channel was replaced
             return "Reconnect"
         except (CertificateError, EngineError, OSError, ValueError) as err:
             return self._failed(str(err))
@@ -187,23 +203,70 @@ class Stream:
         self._metrics.add("istio_xds_message_bytes_total", response.ByteSize(), url=url)
         with Batch() as batch:
             rejected = _fill(batch, url, response)
-            rejected.update(await self._engine.apply(batch))
-        held = self._held[url]
-        for name in response.removed_resources:
-            held.pop(name, None)
+            answers = await self._engine.apply(batch)
+        cut = sum(len(name.encode()) + len(reason) + 3 for name, reason in answers) > REPORT_FULL
+        told = dict(answers)
         for resource in response.resources:
-            if resource.name not in rejected:
-                held[resource.name] = resource.version
+            reason = told.get(_as_told(record_name(url, resource.name)))
+            if reason is not None:
+                rejected.setdefault(resource.name, reason)
+        self._remember(url, response, rejected, cut)
         if url not in self._acked or rejected:
             log.event("xds_applied", type=KINDS[url], records=len(response.resources), rejected=len(rejected))
         self._acked.add(url)
         if len(response.resources) > MANY:
             _LIBC.malloc_trim(0)  # what a large response took would stay with the process
         if rejected:
-            self._rejected = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items()))[:4000]
-            answer.error_detail.message = self._rejected
-            log.event("xds_rejected", records=self._rejected)
+            more = "; and others, their names did not fit" if cut else ""
+            answer.error_detail.message = _listed(rejected) + more
+            log.event("xds_rejected", level="WARN", type=KINDS[url], records=answer.error_detail.message)
         return answer
+
+    def _remember(
+        self, url: str, response: discovery_pb2.DeltaDiscoveryResponse, rejected: Mapping[str, str], cut: bool
+    ) -> None:
+        """Notes what the engine holds now, and what is refused. Where the engine's report was cut, any version may be
+        one that was rejected: none is remembered.
+        """
+        held, refused = self._held[url], self._refused[url]
+        for name in response.removed_resources:
+            held.pop(name, None)
+            refused.pop(name, None)
+        for resource in response.resources:
+            name = resource.name
+            if name in rejected:
+                if len(refused) < REFUSED_MAX or name in refused:
+                    refused[name] = rejected[name][:NACK_CHARS]
+                if url == AUTHORIZATION:
+                    held.setdefault(name, "")
+            else:
+                held[name] = "" if cut or len(resource.version) > VERSION_MAX else resource.version
+                refused.pop(name, None)
+
+    def _rejected(self) -> str:
+        """What is refused now, in one text."""
+        return _listed({name: reason for refused in self._refused.values() for name, reason in refused.items()})
+
+
+def record_name(url: str, name: str) -> str:
+    """The name under which the engine is given a resource: its own. A policy whose name is empty or too long for a
+    record must not be passed over: it comes under one that begins alike, so that it is in force, or stood in for, in
+    its namespace.
+    """
+    packed = name.encode()
+    if url != AUTHORIZATION or 0 < len(packed) <= NAME_MAX:
+        return name
+    digest = hashlib.sha256(packed).hexdigest()[:16]
+    return f"{packed[: NAME_MAX - 32].decode(errors='ignore')}~{digest}"
+
+
+def _as_told(name: str) -> str:
+    """A name as the engine's report tells it: what would break a line there is a question mark."""
+    return bytes(63 if each < 33 or each == 127 else each for each in name.encode()).decode(errors="replace")
+
+
+def _listed(rejected: Mapping[str, str]) -> str:
+    return "; ".join(f"{name[:200]}: {reason}" for name, reason in sorted(rejected.items()))[:NACK_CHARS]
 
 
 def _fill(batch: Batch, url: str, response: discovery_pb2.DeltaDiscoveryResponse) -> dict[str, str]:
@@ -213,11 +276,16 @@ def _fill(batch: Batch, url: str, response: discovery_pb2.DeltaDiscoveryResponse
     policy = url == AUTHORIZATION
     rejected: dict[str, str] = {}
     for name in response.removed_resources:
-        batch.add(Record(Op.POLICY_DEL if policy else Op.ADDRESS_DEL, name))
-    for resource in response.resources:
         try:
-            op = Op.POLICY_SET if policy else Op.ADDRESS_SET
-            batch.add(Record(op, resource.name, resource.version, resource.resource.value))
+            batch.add(Record(Op.POLICY_DEL if policy else Op.ADDRESS_DEL, record_name(url, name)))
+        except ValueError:
+            continue  # it never was one
+    for resource in response.resources:
+        name, version = record_name(url, resource.name), resource.version
+        if len(version) > VERSION_MAX:
+            version = ""
+        try:
+            batch.add(Record(Op.POLICY_SET if policy else Op.ADDRESS_SET, name, version, resource.resource.value))
         except ValueError as err:
-            rejected[resource.name[:200]] = str(err)
+            rejected[resource.name] = str(err)
     return rejected

@@ -31,6 +31,7 @@ METRICS = 9
 DUMP = 10
 POD_STATS = 11
 SHUTDOWN = 12
+AUTHZ = 13
 
 NAMES: Mapping[int, str] = {
     HELLO: "HELLO",
@@ -45,6 +46,7 @@ NAMES: Mapping[int, str] = {
     DUMP: "DUMP",
     POD_STATS: "POD_STATS",
     SHUTDOWN: "SHUTDOWN",
+    AUTHZ: "AUTHZ",
 }
 
 

@@ -2,7 +2,7 @@
 
 Two kinds of callers. The *administrator* has the token of the kubeconfig and may do everything. *Service accounts*
 have tokens of this API. The lab does not speak RBAC: accounts that the lab's start names as node agents may read what
-an agent needs and patch pods; every other account may ask who it is, and nothing else.
+an agent needs, patch pods and write Events; every other account may ask who it is, and nothing else.
 """
 
 import hmac
@@ -14,13 +14,14 @@ from typing import Any
 from sidestep.lab.api import errors
 from sidestep.lab.api.errors import ApiError, Problem
 from sidestep.lab.api.registry import timestamp
-from sidestep.lab.api.resources import CONFIG_MAP, NAMESPACE, NODE, POD, SERVICE, SERVICE_ACCOUNT, Kind
+from sidestep.lab.api.resources import CONFIG_MAP, EVENT, NAMESPACE, NODE, POD, SERVICE, SERVICE_ACCOUNT, Kind
 from sidestep.lab.api.store import Store, Stored
 from sidestep.lab.api.tokens import API_AUDIENCE, Claims, Reference, TokenError, TokenKey
 
 ADMIN_GROUP = "system:masters"
 MIN_SECONDS, MAX_SECONDS = 600, 1 << 32
 _READ = ("get", "list", "watch")
+_REPORT = ("create", "patch", "update")
 _AGENT_READS = (NAMESPACE, NODE, POD, SERVICE, CONFIG_MAP)
 
 
@@ -87,6 +88,8 @@ class Access:
             return False
         if kind is POD and verb == "patch":
             return subresource in ("", "status")
+        if kind is EVENT:
+            return verb in _REPORT
         return verb in _READ and kind in _AGENT_READS
 
     # -- tokens ----------------------------------------------------------------------------------------------------
@@ -193,7 +196,7 @@ class Access:
                 kind.plural == asked.get("resource")
                 and kind.group == asked.get("group", "")
                 and self._may(user, str(asked.get("verb")), kind, str(asked.get("subresource", "")))
-                for kind in _AGENT_READS
+                for kind in (*_AGENT_READS, EVENT)
             )
         return {
             "kind": "SelfSubjectAccessReview",

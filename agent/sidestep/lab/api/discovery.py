@@ -34,23 +34,24 @@ def core() -> dict[str, Any]:
     return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}
 
 
-def _group(group: str, version_: str) -> dict[str, Any]:
-    entry = {"groupVersion": f"{group}/{version_}", "version": version_}
-    return {"name": group, "versions": [entry], "preferredVersion": entry}
+def _group(group: str) -> dict[str, Any]:
+    """A group; its first version is the one that clients are to prefer."""
+    versions = [version_ for found, version_ in GROUPS if found == group]
+    entries = [{"groupVersion": f"{group}/{version_}", "version": version_} for version_ in versions]
+    return {"name": group, "versions": entries, "preferredVersion": entries[0]}
 
 
 def groups() -> dict[str, Any]:
     """`/apis`."""
-    found = [_group(group, version_) for group, version_ in GROUPS if group]
+    found = [_group(group) for group in dict.fromkeys(group for group, _ in GROUPS) if group]
     return {"kind": "APIGroupList", "apiVersion": "v1", "groups": found}
 
 
 def group(name: str) -> dict[str, Any] | None:
     """`/apis/GROUP`."""
-    for found, version_ in GROUPS:
-        if found == name and name:
-            return {"kind": "APIGroup", "apiVersion": "v1", **_group(found, version_)}
-    return None
+    if not name or name not in {found for found, _ in GROUPS}:
+        return None
+    return {"kind": "APIGroup", "apiVersion": "v1", **_group(name)}
 
 
 def resources(group_: str, version_: str) -> dict[str, Any] | None:
@@ -59,7 +60,7 @@ def resources(group_: str, version_: str) -> dict[str, Any] | None:
         return None
     found: list[dict[str, Any]] = []
     for kind in KINDS:
-        if (kind.group, kind.version) != (group_, version_):
+        if kind.group != group_ or version_ not in (kind.version, *kind.also):
             continue
         entry: dict[str, Any] = {
             "name": kind.plural,

@@ -9,6 +9,7 @@ from sidestep.lab import podspec
 from sidestep.lab.api.errors import Problem
 from sidestep.lab.api.podshape import pod_spec
 from sidestep.lab.api.resources import (
+    AUTHORIZATION_POLICY,
     CONFIG_MAP,
     DEPLOYMENT,
     ENDPOINT_SLICE,
@@ -16,6 +17,7 @@ from sidestep.lab.api.resources import (
     LEASE,
     NAMESPACE,
     NODE,
+    PEER_AUTHENTICATION,
     POD,
     REPLICA_SET,
     SECRET,
@@ -220,9 +222,14 @@ _ENDPOINT = structure(
 )
 
 
-def _status(value: Any, path: str, problems: list[Problem]) -> None:
+def _object(value: Any, path: str, problems: list[Problem]) -> None:
     if not isinstance(value, dict):
         say(problems, path, f"must be an object, is {name_of(value)}")
+
+
+_status = _object
+# What stands in a policy is the control plane's to judge: it must cope with whatever an API lets through.
+_POLICY: dict[str, Check] = {"spec": _object, "status": _status}
 
 
 _EVENT_FIELDS = (
@@ -259,6 +266,8 @@ _BODIES: dict[Kind, tuple[dict[str, Check], tuple[str, ...]]] = {
         ("addressType",),
     ),
     LEASE: ({"spec": kept}, ()),
+    AUTHORIZATION_POLICY: (_POLICY, ()),
+    PEER_AUTHENTICATION: (_POLICY, ()),
 }
 _LABEL_NAMES = frozenset({NAMESPACE, SERVICE})  # kinds whose names become one DNS label
 

@@ -20,6 +20,7 @@ from sidestep.lab.api.resources import (
     BY_PATH,
     CONFIG_MAP,
     DEPLOYMENT,
+    EVENT,
     KINDS,
     NAMESPACE,
     NODE,
@@ -32,6 +33,7 @@ from sidestep.lab.api.resources import (
 from sidestep.lab.api.store import Object, Store, Stored
 
 LETTERS = "bcdfghjklmnpqrstvwxz2456789"
+EVENTS = 1000  # objects of kind Event that are kept, the newest
 KEPT_NAMESPACES = frozenset({"default", "kube-system"})
 _SERVER_OWNED = (
     "name",
@@ -119,13 +121,24 @@ class Registry:
         stored = self.store.create(kind, obj)
         if kind is NAMESPACE:
             self._furnish(name)
+        elif kind is EVENT:
+            self._forget_events()
         return stored
+
+    def _forget_events(self) -> None:
+        """Whoever reports again and again must not fill the memory: the oldest go."""
+        kept = self.store.list(EVENT)
+        if len(kept) > EVENTS:
+            for stored in sorted(kept, key=lambda stored: stored.revision)[: len(kept) - EVENTS]:
+                self.store.remove(EVENT, stored.namespace, stored.name)
 
     def _received(self, kind: Kind, namespace: str, body: Mapping[str, Any]) -> Object:
         """The body as an object of the kind the path names."""
         if not isinstance(body, dict):
             raise ApiError(400, "the body must be an object")
         obj: Object = defaults.without_nulls(body)
+        if obj.get("apiVersion") in kind.api_versions:
+            obj["apiVersion"] = kind.api_version
         for field, wanted in (("kind", kind.kind), ("apiVersion", kind.api_version)):
             if obj.get(field, wanted) != wanted:
                 raise ApiError(400, f"{field} is {obj[field]!r}, but the path takes {wanted!r}")

@@ -24,11 +24,17 @@ class Kind:
     selectable: tuple[str, ...] = ()
     has_status: bool = False
     has_generation: bool = False
+    also: tuple[str, ...] = ()  # older versions of the same shape, under which the same objects are served
 
     @property
     def api_version(self) -> str:
         """`v1` or `apps/v1`."""
         return f"{self.group}/{self.version}" if self.group else self.version
+
+    @property
+    def api_versions(self) -> tuple[str, ...]:
+        """All under which it is served, its own first."""
+        return (self.api_version, *(f"{self.group}/{version}" for version in self.also))
 
     @property
     def resource(self) -> str:
@@ -131,6 +137,35 @@ REPLICA_SET = Kind(
 )
 ENDPOINT_SLICE = Kind("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices", "endpointslice", has_generation=True)
 LEASE = Kind("coordination.k8s.io", "v1", "Lease", "leases", "lease")
+SECURITY = "security.istio.io"
+AUTHORIZATION_POLICY = Kind(
+    SECURITY,
+    "v1",
+    "AuthorizationPolicy",
+    "authorizationpolicies",
+    "authorizationpolicy",
+    True,
+    ("ap",),
+    ("istio-io", "security-istio-io"),
+    ("status",),
+    has_status=True,
+    has_generation=True,
+    also=("v1beta1",),
+)
+PEER_AUTHENTICATION = Kind(
+    SECURITY,
+    "v1",
+    "PeerAuthentication",
+    "peerauthentications",
+    "peerauthentication",
+    True,
+    ("pa",),
+    ("istio-io", "security-istio-io"),
+    ("status",),
+    has_status=True,
+    has_generation=True,
+    also=("v1beta1",),
+)
 
 KINDS: tuple[Kind, ...] = (
     NAMESPACE,
@@ -145,6 +180,8 @@ KINDS: tuple[Kind, ...] = (
     REPLICA_SET,
     ENDPOINT_SLICE,
     LEASE,
+    AUTHORIZATION_POLICY,
+    PEER_AUTHENTICATION,
 )
 # Answered, but nothing of them is kept: (group, version, kind, plural).
 REVIEWS: tuple[tuple[str, str, str, str], ...] = (
@@ -153,9 +190,12 @@ REVIEWS: tuple[tuple[str, str, str, str], ...] = (
     ("authorization.k8s.io", "v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews"),
 )
 
-BY_PATH: dict[tuple[str, str, str], Kind] = {(kind.group, kind.version, kind.plural): kind for kind in KINDS}
+BY_PATH: dict[tuple[str, str, str], Kind] = {
+    (kind.group, version, kind.plural): kind for kind in KINDS for version in (kind.version, *kind.also)
+}
 GROUPS: tuple[tuple[str, str], ...] = tuple(
     dict.fromkeys(
-        [(kind.group, kind.version) for kind in KINDS] + [(group, version) for group, version, _, _ in REVIEWS]
+        [(kind.group, version) for kind in KINDS for version in (kind.version, *kind.also)]
+        + [(group, version) for group, version, _, _ in REVIEWS]
     )
 )

@@ -176,7 +176,7 @@ class Server:
         if verb == "delete":
             options = _deletion(query, await _body(request, empty=True))
             last = self.registry.delete(kind, target.namespace, target.name, options)
-            return _json(last.json)
+            return _json(last.under(_version(request, kind)))
         if verb == "deletecollection":
             return self._delete_all(target, query, await _body(request, empty=True))
         if verb == "create":
@@ -238,8 +238,10 @@ class Server:
         if include := _table(request):
             rows = tables.table(kind, [stored.obj for stored in found], self._clock(), include, revision)
             return web.json_response(rows)
-        head = {"kind": f"{kind.kind}List", "apiVersion": kind.api_version, "metadata": {"resourceVersion": revision}}
-        return _json(json.dumps(head)[:-1].encode() + b', "items": [' + b",".join(item.json for item in found) + b"]}")
+        version = _version(request, kind)
+        head = {"kind": f"{kind.kind}List", "apiVersion": version, "metadata": {"resourceVersion": revision}}
+        items = b",".join(item.under(version) for item in found)
+        return _json(json.dumps(head)[:-1].encode() + b', "items": [' + items + b"]}")
 
     def _delete_all(self, target: Target, query: Mapping[str, str], body: Any) -> web.Response:
         options = _deletion(query, body)
@@ -264,6 +266,7 @@ class Server:
             since=None if version in ("", "0") else _number("resourceVersion", version),
             bookmarks=query.get("allowWatchBookmarks") == "true",
             seconds=float(_number("timeoutSeconds", query.get("timeoutSeconds", "1800"))),
+            api_version=_version(request, target.kind),
             table=_table(request),
         )
         if self._watches >= WATCHES:
@@ -386,7 +389,12 @@ def _answer(request: web.Request, kind: Kind, stored: Stored, now: float, status
     """One object, as a table where the client prefers that."""
     if request.method == "GET" and (include := _table(request)):
         return web.json_response(tables.table(kind, [stored.obj], now, include, str(stored.revision)))
-    return _json(stored.json, status)
+    return _json(stored.under(_version(request, kind)), status)
+
+
+def _version(request: web.Request, kind: Kind) -> str:
+    """The version of the kind that a path asks for."""
+    return "/".join(request.path.split("/")[2:4]) if kind.group else kind.api_version
 
 
 def _json(data: bytes, status: int = 200) -> web.Response:

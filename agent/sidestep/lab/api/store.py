@@ -37,6 +37,12 @@ class Stored:
         """The object as JSON."""
         return json.dumps(self.obj, separators=(",", ":")).encode()
 
+    def under(self, api_version: str) -> bytes:
+        """As JSON, under one of the versions that the kind is served in."""
+        if api_version == self.kind.api_version:
+            return self.json
+        return json.dumps({**self.obj, "apiVersion": api_version}, separators=(",", ":")).encode()
+
     @property
     def namespace(self) -> str:
         """Empty for what has none."""

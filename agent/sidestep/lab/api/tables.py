@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sidestep.lab.api.resources import (
+    AUTHORIZATION_POLICY,
     CONFIG_MAP,
     DEPLOYMENT,
     ENDPOINT_SLICE,
@@ -13,6 +14,7 @@ from sidestep.lab.api.resources import (
     LEASE,
     NAMESPACE,
     NODE,
+    PEER_AUTHENTICATION,
     POD,
     REPLICA_SET,
     SECRET,
@@ -209,6 +211,8 @@ COLUMNS: dict[Kind, tuple[Column, ...]] = {
         _AGE,
     ),
     LEASE: (_NAME, Column("Holder", _path("spec", "holderIdentity")), _AGE),
+    AUTHORIZATION_POLICY: (_NAME, Column("Action", _path("spec", "action", default="")), _AGE),
+    PEER_AUTHENTICATION: (_NAME, Column("Mode", _path("spec", "mtls", "mode", default="")), _AGE),
 }
 
 

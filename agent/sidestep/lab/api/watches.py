@@ -35,6 +35,7 @@ class Wish:
     since: int | None
     bookmarks: bool
     seconds: float
+    api_version: str
     table: str = ""
 
 
@@ -108,7 +109,7 @@ class Stream:
             kind = self._wish.kind
             obj = {
                 "kind": kind.kind,
-                "apiVersion": kind.api_version,
+                "apiVersion": self._wish.api_version,
                 "metadata": {"resourceVersion": str(self._store.revision), "creationTimestamp": None},
             }
             await _write(response, json.dumps({"type": "BOOKMARK", "object": obj}).encode() + b"\n")
@@ -136,7 +137,7 @@ class Stream:
     def _line(self, kind: str, stored: Stored) -> bytes:
         wish = self._wish
         if not wish.table:
-            return b'{"type":"%s","object":%s}\n' % (kind.encode(), stored.json)
+            return b'{"type":"%s","object":%s}\n' % (kind.encode(), stored.under(wish.api_version))
         revision = str(stored.revision)
         rows = tables.table(wish.kind, [stored.obj], time.time(), wish.table, revision, self._head)
         self._head = False

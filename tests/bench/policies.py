@@ -1,0 +1,193 @@
+"""What policy costs: one decision, whatever else is in the mesh, and a change that meets open connections.
+
+Decisions are timed in the engine's own function (tests/tunnel/decide.c); changes by the APPLY of a real engine whose
+pods hold connections across nodes.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from sidestep.wire import batch
+from tests.harness.cluster import Nodes, Pod
+from tests.harness.engine import Client
+from tests.tunnel import policy_model as model
+from tests.tunnel.policy_model import Connection, Policy, Workload
+
+CALLER = "spiffe://cluster.local/ns/default/sa/client"
+PORT = 7200
+
+
+def unrelated(number: int, namespaces: int = 100) -> list[Policy]:
+    """Policies that select nothing of namespace `default`: of other namespaces, half of them with selectors."""
+    return [
+        {
+            "name": f"p{i}",
+            "namespace": f"ns{i % namespaces}",
+            "scope": ("Namespace", "WorkloadSelector")[i % 2],
+            "action": ("Deny", "Allow")[i % 3 == 0],
+            "rules": rules(i),
+            "dryRun": False,
+        }
+        for i in range(number)
+    ]
+
+
+def rules(i: int, hit: bool = False) -> list[Any]:
+    """Two rules as people write them; `hit`: the second one matches CALLER."""
+    return [
+        [
+            [{"principals": [{"Exact": f"cluster.local/ns/ns{i}/sa/a{k}"} for k in range(4)]}],
+            [{"destinationPorts": [80, 443]}],
+        ],
+        [
+            [{"namespaces": [{"Exact": "default" if hit else f"ns{i}"}], "notPrincipals": [{"Suffix": "/sa/nobody"}]}],
+            [{"sourceIps": ["10.0.0.0/8", "fd00::/8"]}],
+        ],
+    ]
+
+
+def selecting() -> tuple[list[Policy], Workload]:
+    """Five that select the workload: of its namespace, of the mesh, and named; one allows, four do not deny."""
+
+    def one(name: str, scope: str, action: str, **more: Any) -> Policy:
+        made = {"name": name, "namespace": "default", "scope": scope, "action": action, "dryRun": False}
+        return {**made, "rules": rules(7, action == "Allow"), **more}
+
+    made = [
+        one("deny", "Namespace", "Deny"),
+        one("mesh", "Global", "Deny", namespace="istio-system"),
+        one("named", "WorkloadSelector", "Deny"),
+        one("named-too", "WorkloadSelector", "Deny"),
+        one("allow", "WorkloadSelector", "Allow"),
+    ]
+    return made, Workload("default", tuple(model.key(p) for p in made if p["scope"] == "WorkloadSelector"))
+
+
+def decisions() -> list[dict[str, object]]:
+    """Prints and returns nanoseconds per decision: 1, 100 and 10 000 policies in the mesh, five of them select."""
+    results: list[dict[str, object]] = []
+    five, workload = selecting()
+    asked = [model.question(Connection(CALLER, f"10.1.{i % 256}.7", "10.9.0.1", 8080)) for i in range(1000)]
+    for total, chosen, record in ((1, five[:1], Workload("default")), (100, five, workload), (10_000, five, workload)):
+        state = [model.destination(record, "10.9.0.1"), *model.records([*unrelated(total - len(chosen)), *chosen])]
+        block = model.world(state, asked)
+        ns = sorted(float(model.ask(block, "200")[0].split()[0]) for _ in range(3))[1]
+        print(f"decision, {total:>6} policies, {len(chosen)} select: {ns / 1000:.3f} us (at most 2)", flush=True)
+        results.append({"row": "decision", "policies": total, "select": len(chosen), "us": ns / 1000})
+    return results
+
+
+SERVE = """
+import select, socket, sys
+listener = socket.create_server((sys.argv[1], int(sys.argv[2])), backlog=4096)
+kept = []
+print("listening", flush=True)
+while True:
+    accepted, _ = listener.accept()
+    accepted.sendall(b"x")
+    kept.append(accepted)
+"""
+
+HOLD = """
+import select, socket, sys
+address, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+poll, kept = select.epoll(), {}
+for i in range(count):
+    s = socket.create_connection((address, port + i % 10), 20)
+    assert s.recv(1) == b"x"
+    kept[s.fileno()] = s
+    poll.register(s, select.EPOLLIN | select.EPOLLRDHUP)
+print("open", flush=True)
+for line in sys.stdin:
+    expected, gone = int(line), 0
+    while gone < expected:
+        for fd, _ in poll.poll(20):
+            try:
+                assert kept[fd].recv(1) == b"" and False
+            except ConnectionResetError:
+                gone += 1
+            poll.unregister(fd)
+            kept.pop(fd).close()
+    assert not poll.poll(0)
+    print(gone, flush=True)
+"""
+
+
+def start(pod: Pod, script: str, *words: str) -> subprocess.Popen[str]:
+    """A Python program in a pod; returns when it has said its first line."""
+    command = ["nsenter", f"--net={pod.path}", "--", sys.executable, "-c", script, *words]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if not process.stdout.readline():
+        raise RuntimeError(f"{pod.name}: nothing was said")
+    return process
+
+
+def live(
+    nodes: Nodes, client: Pod, server: Pod, connections: int = 10_000, policies: int = 1000
+) -> list[dict[str, object]]:
+    """Prints and returns how long APPLY takes with open connections: none, a tenth and all of them denied."""
+    results: list[dict[str, object]] = []
+    engine = nodes.clients[server.node]
+    assert engine is not None
+    five, named = selecting()
+    record = nodes.record(server)
+    record.workload.authorization_policies.extend(named.policies)
+    state = [batch.Record(batch.Op.ADDRESS_SET, server.workload, "live", record.SerializeToString())]
+    five[4] = {**five[4], "rules": [[[{"namespaces": [{"Exact": "default"}]}]]]}
+    apply(engine, [*state, *model.records([*unrelated(policies - len(five)), *five])])
+    with ExitStack() as stack:
+        for i in range(10):
+            stack.callback(end, start(server, SERVE, server.address(), str(PORT + i)))
+        holder = start(client, HOLD, server.address(), str(PORT), str(connections))
+        stack.callback(end, holder)
+        changes = (
+            ("none denied", 0, {"destinationPorts": [1]}),
+            ("none denied, again", 0, {"destinationPorts": [2]}),
+            ("a tenth denied", connections // 10, {"destinationPorts": [PORT]}),
+            ("the rest denied", connections - connections // 10, {"sourceIps": [f"{client.address()}/32"]}),
+        )
+        for name, expected, match in changes:
+            policy = {**five[0], "rules": [[[match]]]}
+            took = apply(engine, model.records([policy], name.replace(" ", "-")))
+            assert holder.stdin is not None
+            assert holder.stdout is not None
+            holder.stdin.write(f"{expected}\n")
+            holder.stdin.flush()
+            if holder.stdout.readline() != f"{expected}\n":
+                raise RuntimeError(f"{name}: not the connections that were to be denied")
+            what = f"change, {policies} policies, {connections} connections open, {name}"
+            print(f"{what}: {took * 1000:.1f} ms (at most 100)", flush=True)
+            results.append(
+                {"row": name, "policies": policies, "connections": connections, "denied": expected, "ms": took * 1000}
+            )
+    return results
+
+
+def apply(engine: Client, records: Sequence[batch.Record]) -> float:
+    """Seconds that APPLY took; nothing may be refused."""
+    started = time.monotonic()
+    reply = engine.apply(records)
+    took = time.monotonic() - started
+    if reply["rejected"]:
+        raise RuntimeError(f"refused: {reply['rejected']}")
+    return took
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def alone() -> list[dict[str, object]]:
+    """`live` with nodes of its own."""
+    with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name:
+        with Nodes(Path(name), {"client": 0, "server": 1}, workers=2) as nodes:
+            nodes.publish()
+            return live(nodes, nodes["client"], nodes["server"])

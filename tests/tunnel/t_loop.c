@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The control thread and the workers: a command that comes at the worst moment, after a worker took its mail and before
+ * it emptied its wake-up, is not left lying until the next deadline. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <unistd.h>
+#include <cmocka.h>
+#include "pod.h"
+
+#define ROUNDS 300
+#define GUARD_S 60 /* a command that is overlooked waits for a second: then this is too short for all */
+
+static void nothing(struct worker *w, void *arg)
+{
+        (void)w, (void)arg;
+}
+
+/* Runs as mail, and posts the next as the control thread would do now. */
+static void post_another(struct worker *w, void *arg)
+{
+        struct mail *m = calloc(1, sizeof(*m));
+        assert_non_null(m);
+        *m = (struct mail){.run = nothing, .left = arg};
+        pthread_mutex_lock(&w->mail_lock);
+        m->next = w->mail;
+        w->mail = m;
+        pthread_mutex_unlock(&w->mail_lock);
+        loop_wake(w);
+}
+
+static void test_a_command_at_the_worst_moment(void **unused)
+{
+        struct tunnel_config config = {.workers = 1, .log_fd = -1};
+        struct tunnel *engine;
+        (void)unused;
+        alarm(GUARD_S);
+        assert_int_equal(tunnel_new(&engine, &config), 0);
+        for (int i = 0; i < ROUNDS; i++) {
+                atomic_uint left;
+                atomic_init(&left, 1);
+                assert_int_equal(loop_all(engine, post_another, &left), 0);
+                while (atomic_load(&left) > 0)
+                        usleep(50);
+        }
+        tunnel_free(engine);
+        alarm(0);
+}
+
+int main(void)
+{
+        const struct CMUnitTest tests[] = {cmocka_unit_test(test_a_command_at_the_worst_moment)};
+        return cmocka_run_group_tests(tests, NULL, NULL);
+}
