@@ -1,366 +1,299 @@
-"""`make bench`: the same work in a lab with the mesh and in one without, side by side, in turns.
+"""`make bench`: the same work with the mesh, without it, through a floor and through rivals, side by side, in turns.
 
-Two labs of two nodes. On node1 ten pods: the client, a server for the paths that stay on the node, eight that sleep; on
-node2 the other server. Every round runs each row plain, then meshed; a row's figures are medians over the rounds, its
-share the median of the rounds' own shares. CPU is what the whole machine worked, from /proc/stat.
+    python -m tests.bench                     everything: about twenty minutes
+    python -m tests.bench --quick             one short round: does everything work? It judges nothing
+    python -m tests.bench floor               the floor against the plain network alone
+    python -m tests.bench compare OLD NEW     what changed between two JSON files beyond noise (tests/bench/compare.py)
 
-A case is aborted, and the status is 1, when the load counted an error, or when the link's byte counters or the engines'
-metrics do not show the path that the case is about. A missed target is named, and the status is 1 too.
+Two labs of two nodes, one without the mesh. Every round runs each row with each target; a row's figures are medians
+over the rounds, its shares medians of the rounds' own shares. CPU is what the whole machine worked, from /proc/stat.
+
+A case is aborted, and the status is 1, when the load counted an error, or when the link's byte counters or the target's
+own do not show the path that the case is about. A missed target of the first path is named, and the status is 1 too;
+the figures that the issue of speed asks for are printed beside what there is.
 """
 
 import argparse
 import contextlib
-import http.client
 import json
-import os
-import platform
-import statistics
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from tests.bench import figures, machine, report
+from tests.bench.compare import compare
+from tests.bench.fleet import LESS, PODS, fleet
+from tests.bench.load import ROOT, LoadError
+from tests.bench.peer import CONTRACT
+from tests.bench.plot import svg
+from tests.bench.results import OURS, Result, collect
+from tests.bench.rows import ALL, PEAK, PLACES, Row
+from tests.bench.scale import scale
+from tests.bench.side import SLEEPERS
+from tests.bench.targets import NAMES, Target, targets
 
-from tests.bench.load import ROOT, ROWS, LoadError, Row, Sample, build, measure
-from tests.harness.lab import LABEL, Lab, eventually
-from tests.harness.netns import inside, run
-
-PORT = 7100
-METRICS = 15020
-SLEEPERS = 8
-STALLED = 8
-STALLED_SHARE = 0.5
-MEMORY_MIB = 80
-PLACES = (("across", "server"), ("local", "near"))
-
-
-def manifests(program: Path, mode: str) -> list[dict[str, Any]]:
-    """The namespace, labelled `mode`, and its pods. A lab without the mesh does not care for the label."""
-    servers = {"near": "node1", "server": "node2"}
-    places = {"client": "node1", **servers, **{f"sleeper{n}": "node1" for n in range(SLEEPERS)}}
-    objects: list[dict[str, Any]] = [
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "bench", "labels": {LABEL: mode}}}
-    ]
-    for name, node in places.items():
-        metadata = {"name": name, "namespace": "bench"}
-        command = [str(program), "serve", str(PORT)] if name in servers else ["sleep", "infinity"]
-        container: dict[str, Any] = {"name": "main", "image": "host", "command": command}
-        spec = {"nodeName": node, "serviceAccountName": name, "terminationGracePeriodSeconds": 1}
-        objects.append({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata})
-        objects.append(
-            {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {**spec, "containers": [container]}}
-        )
-    return objects
+MEMORY_MIB, MEMORY_MIB_AIM = 80, 75  # the first path's, which decides; the issue of speed's
+DOCS = ROOT / "docs"
 
 
-@dataclass(frozen=True, slots=True)
-class Counters:
-    """What the mesh and the link have counted so far; bytes in both directions of node1's link."""
-
-    link_bytes: int
-    tls: float  # connections with mutual TLS, as both nodes' engines report them
-    local: float  # connections that stayed on the node
-
-
-class Side:
-    """One of the two labs, up, with what the measurements need of it."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        status = lab.status()
-        self.nodes = {node["name"]: node for node in status["nodes"]}
-        pods = {pod["name"]: pod for pod in status["pods"] if pod["namespace"] == "bench"}
-        self.addresses = {name: pod["ips"][0] for name, pod in pods.items()}
-        state = Path(self.nodes["node1"]["run_dir"]).parent
-        self.client = str(state / "netns" / pods["client"]["uid"])
-        run("nsenter", f"--net={self.client}", "sysctl", "-qw", "net.ipv4.tcp_tw_reuse=1")
-
-    def counters(self) -> Counters:
-        """Reads link and engines."""
-        link = inside(self.nodes["node1"]["netns"], self._link_bytes)
-        if self.lab.plain:
-            return Counters(link, 0, 0)
-        texts = [inside(node["netns"], _metrics) for node in self.nodes.values()]
-        return Counters(
-            link,
-            sum(_sum(text, "istio_tcp_connections_opened_total", 'security_policy="mutual_tls"') for text in texts),
-            sum(_sum(text, "sidestep_same_node_connections_total", "") for text in texts),
-        )
-
-    def _link_bytes(self) -> int:
-        interface = self.nodes["node1"]["link"]["interface"]
-        for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            if name.strip() == interface:
-                fields = rest.split()
-                return int(fields[0]) + int(fields[8])
-        raise LoadError(f"no {interface} on node1")
-
-    def case(self, row: Row, place: str, server: str, seconds: float) -> Sample:
-        """One run. Raises LoadError when it had an error or did not go the way it should."""
-        before = self.counters()
-        prefix = ["nsenter", f"--net={self.client}", "--", str(build())]
-        sample = measure(row, prefix, self.addresses[server], PORT, seconds)
-        after = self.counters()
-        wrong = self._wrong(row, place, sample, before, after)
-        if wrong:
-            raise LoadError(f"{'plain' if self.lab.plain else 'mesh'}, {place}: {row.name}: {wrong}")
-        return sample
-
-    def _wrong(self, row: Row, place: str, sample: Sample, before: Counters, after: Counters) -> str:
-        """In which way the counters contradict the path; "" when they do not."""
-        crossed = after.link_bytes - before.link_bytes
-        carried = sample.total_bytes if row.bulk else 2 * sample.total_bytes
-        if place == "across" and crossed < carried:
-            return f"{crossed} bytes crossed the link, and the applications sent {carried}"
-        if place == "local" and crossed > carried / 2 + 1_000_000:
-            return f"{crossed} bytes crossed the link, and nothing should"
-        if self.lab.plain:
-            return ""
-        connections = sample.total_ops if row.words[0] == "crr" else int(row.words[-1])
-        tls, local = after.tls - before.tls, after.local - before.local
-        if place == "across" and (tls < 2 * connections or local):
-            return f"{connections} connections, {tls:.0f} ends with mutual TLS, {local:.0f} local ones"
-        if place == "local" and (local < connections or tls):
-            return f"{connections} connections, {tls:.0f} ends with mutual TLS, {local:.0f} local ones"
-        return ""
-
-    def memory_mib(self) -> dict[str, float]:
-        """PSS of node1's agent and engine (smaps_rollup, proc(5)), with the engine's supervisor."""
-        found = {}
-        for name in ("agent", "engine"):
-            process = self.nodes["node1"]["processes"][name]
-            found[name] = sum(_pss_kib(process[key]) for key in ("pid", "supervisor") if key in process) / 1024
-        return found
+def chosen(words: str, known: Sequence[str], what: str) -> list[str]:
+    """Names out of a list with commas. Raises argparse.ArgumentTypeError."""
+    found = words.split(",")
+    for word in found:
+        if word not in known:
+            raise argparse.ArgumentTypeError(f"{word!r} is no {what}: {', '.join(known)}")
+    return found
 
 
-def _pss_kib(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1])
-    raise LoadError(f"no Pss of process {pid}")
+def variant(text: str) -> tuple[str, list[str]]:
+    """NAME=OPTIONS. Raises argparse.ArgumentTypeError."""
+    name, _, options = text.partition("=")
+    if not name.isalnum() or name in NAMES or not options:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=OPTIONS with a name of its own")
+    return name, shlex.split(options)
 
 
-def _metrics() -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", METRICS, timeout=20)
-    try:
-        connection.request("GET", "/metrics")
-        answer = connection.getresponse()
-        text = answer.read().decode()
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise LoadError(f"the agent's metrics: status {answer.status}")
-    return text
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description=__doc__,
+        epilog=CONTRACT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="runs of each case, at least 3 for a judgement (default: 5)"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each run (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="one short round")
+    parser.add_argument(
+        "--control", action="store_true", help="with no pod in the mesh: sidestep's cases must be aborted"
+    )
+    parser.add_argument(
+        "--targets",
+        type=lambda text: chosen(text, NAMES, "target"),
+        default=list(NAMES[:-1]),
+        metavar="NAMES",
+        help=f"which, with commas; `plain` is always there (default: {','.join(NAMES[:-1])})",
+    )
+    parser.add_argument(
+        "--variant",
+        type=variant,
+        action="append",
+        default=[],
+        metavar="NAME=OPTIONS",
+        help="also sidestep with options of `lab up`, in a lab of its own: --variant mtls=--agent-arg=--same-node=mtls",
+    )
+    parser.add_argument("--peer", default="", metavar="COMMAND", help="another proxy, see below")
+    parser.add_argument(
+        "--places",
+        type=lambda text: chosen(text, PLACES, "place"),
+        default=list(PLACES),
+        metavar="PLACES",
+        help="across,local",
+    )
+    parser.add_argument(
+        "--rows", default="", metavar="TEXT", help="only rows whose name contains this, and no single figures"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "results/bench.json", help="where the figures go; .md and .svg beside it"
+    )
+    parser.add_argument(
+        "--write-docs", action="store_true", help="also into docs/benchmarks.md and docs/benchmarks.svg"
+    )
+    options = parser.parse_args(words)
+    if options.peer:
+        options.targets.append("peer")
+    elif "peer" in options.targets:
+        parser.error("target peer needs --peer COMMAND")
+    if options.write_docs and (options.quick or options.rows or options.control):
+        parser.error("a partial run is nothing for docs/: no --write-docs with --quick, --rows or --control")
+    options.targets = sorted({"plain", *options.targets}, key=NAMES.index)
+    if options.quick:
+        options.rounds, options.seconds = 1, 0.3
+    return options
 
 
-def _sum(text: str, name: str, label: str) -> float:
-    """A family's samples whose labels contain `label`, added up."""
-    lines = (line for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{")) and label in line)
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+def tell(text: str) -> None:
+    """What runs now, on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{text:100.100}", end="", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def labs(folder: Path, mode: str) -> Iterator[tuple[Side, Side]]:
-    """The plain and the meshed lab, both with every pod ready; with mode `ambient` every pod of the latter enrolled."""
-    manifest = folder / "bench.yaml"
-    manifest.write_text(yaml.safe_dump_all(manifests(build(), mode)))
-    number = os.getpid() % 10000
-    pair = (Lab(f"bp{number}", plain=True), Lab(f"bm{number}"))
-    with contextlib.ExitStack() as stack:
-        for lab in pair:
-            stack.callback(lab.down)
-            lab.up(manifest)
-        pods = {item["metadata"]["name"] for item in pair[1].pods("bench")} if mode == "ambient" else set()
-        eventually("every pod enrolled", lambda: pair[1].enrolled("bench") == pods)
-        plain, mesh = Side(pair[0]), Side(pair[1])
-        yield plain, mesh
+def noting(broken: list[str], what: str) -> Iterator[None]:
+    """A single figure that cannot be had is a problem of the report, not the end of it."""
+    tell(what)
+    try:
+        yield
+    except (LoadError, AssertionError, OSError, subprocess.SubprocessError) as error:
+        broken.append(f"{what}: {error}")
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A row at a place: the samples of both sides, or why there are none."""
+def figure(what: str, value: str, wanted: str = "", ok: bool | None = None) -> dict[str, Any]:
+    """A line of the table of single figures."""
+    return {"what": what, "value": value, "wanted": wanted, "ok": ok}
 
-    place: str
-    row: Row
-    plain: list[Sample]
-    mesh: list[Sample]
-    aborted: str
 
-    def share(self) -> float:
-        """Of the rate without a mesh."""
-        return statistics.median(b.rate / a.rate for a, b in zip(self.plain, self.mesh, strict=True))
+class Run:
+    """One run of the benchmark: what it finds on the way, and at last the report."""
 
-    def p50(self) -> float:
-        """Median latency, times that without a mesh; 0 for bulk."""
-        pairs = zip(self.plain, self.mesh, strict=True)
-        return 0 if self.row.bulk else statistics.median(b.p50_ns / a.p50_ns for a, b in pairs)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.results: list[Result] = []
+        self.memory: dict[str, Any] = {"idle": {}, "after": {}}
+        self.idle: list[dict[str, Any]] = []
+        self.figures: list[dict[str, Any]] = []
+        self.fleet: dict[str, Any] = {}
+        self.broken: list[str] = []
+        self.missed: list[str] = []
+        self.about: dict[str, str] = {}
 
-    def missed(self) -> list[str]:
-        """Targets that were not reached; the issue has them for the way across nodes."""
-        found = []
-        if self.place == "across" and not self.aborted:
-            if self.row.share is not None and self.share() < self.row.share:
-                found.append(f"{self.row.name}: {self.share():.3f} of no mesh, not {self.row.share}")
-            if self.row.p50 is not None and self.p50() > self.row.p50:
-                found.append(f"{self.row.name}: p50 is {self.p50():.2f} times that of no mesh, not {self.row.p50}")
-        return found
+    def measure(self) -> None:
+        """Everything. Labs come up and go down on the way."""
+        options = self.options
+        with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name:
+            folder = Path(name)
+            with targets(
+                folder, options.targets, options.peer, dict(options.variant), enrol=not options.control
+            ) as found:
+                self.about = {target.name: target.about for target in found}
+                self.memory["idle"] = figures.memory(found)
+                if not options.rows:
+                    self._idle([target for target in found if not (options.control and target.name == OURS)])
+                self.results = collect(found, self._rows(), options.places, options.rounds, options.seconds, tell)
+                self.memory["after"] = figures.memory(found)
+                if not options.rows:
+                    self._singles(found)
+            if not options.rows and not options.control and {"sidestep", "envoy"} <= set(options.targets):
+                self._fleet(folder)
+            if not options.rows and not options.control and OURS in options.targets:
+                self._scale(folder)
+        tell("")
 
-    def record(self) -> dict[str, Any]:
-        """For the JSON file: medians, and every sample's rate."""
-        record: dict[str, Any] = {"place": self.place, "row": self.row.name, "aborted": self.aborted}
-        if self.aborted:
-            return record
-        for name, samples in (("plain", self.plain), ("mesh", self.mesh)):
-            record[name] = {
-                "rates": [round(s.rate, 1) for s in samples],
-                "unit": "bytes/s" if self.row.bulk else "operations/s",
-                "p50_us": statistics.median(s.p50_ns for s in samples) / 1e3,
-                "p99_us": statistics.median(s.p99_ns for s in samples) / 1e3,
-                "cpu": statistics.median(s.cpu_s for s in samples) * (1e9 if self.row.bulk else 1e6),
-                "cpu_unit": "s/GB" if self.row.bulk else "us/operation",
-            }
+    def _rows(self) -> list[Row]:
+        rows = [row for row in ALL if self.options.rows in row.name]
+        if any(row.kind == "open" for row in rows) and PEAK not in rows:
+            rows.insert(0, PEAK)
+        return rows
+
+    def _singles(self, found: Sequence[Target]) -> None:
+        rounds, seconds = self.options.rounds, self.options.seconds
+        ours = next((target for target in found if target.name == OURS), None)
+        if ours is not None and not self.options.control:
+            with noting(self.broken, f"bulk beside {figures.STALLED} readers that do not read"):
+                share = figures.stalled(ours, min(rounds, 3), seconds)
+                self._wanted(
+                    f"bulk beside {figures.STALLED} readers that do not read, of alone", f"{share:.2f}",
+                    f"at least {figures.STALLED_SHARE}", share >= figures.STALLED_SHARE, decides=True,
+                )  # fmt: skip
+            total = sum(self.memory["idle"][OURS][name] for name in ("agent, node1", "engine, node1"))
+            what = f"memory of agent and engine with {SLEEPERS + 2} pods, MiB"
+            self._wanted(what, f"{total:.1f}", f"at most {MEMORY_MIB}", total <= MEMORY_MIB, decides=True)
+            self._wanted(what, f"{total:.1f}", f"under {MEMORY_MIB_AIM}", total < MEMORY_MIB_AIM)
+        if ours is not None and not self.options.control:
+            with noting(self.broken, "enrolment of a namespace"):
+                took = figures.enrolment(ours.side, min(rounds, 3))
+                for key, what in (("enrol_s", "enrolment"), ("release_s", "release")):
+                    self.figures.append(
+                        figure(f"{what} of a namespace of {took['pods']} pods, s", report.ranged(took[key]))
+                    )
+
+    def _idle(self, found: Sequence[Target]) -> None:
+        with noting(self.broken, f"{figures.IDLE} idle connections"):
+            self.idle = figures.idle(found)
+            worst = figures.idle_worst(self.idle)
+            if worst is not None:
+                what = f"engine's memory for each of {figures.IDLE} open connections that do nothing, KiB"
+                self._wanted(what, f"{worst:.1f}", f"at most {figures.IDLE_KIB}", worst <= figures.IDLE_KIB)
+
+    def _fleet(self, folder: Path) -> None:
+        with noting(self.broken, f"{PODS} pods on a node"):
+            self.fleet = fleet(folder, min(self.options.rounds, 3), max(1.0, self.options.seconds))
+            what = f"less memory than {PODS} Envoy sidecars"
+            self._wanted(what, f"{self.fleet['less']:.1%}", f"at least {LESS:.0%}", self.fleet["less"] >= LESS)
+
+    def _scale(self, folder: Path) -> None:
+        with noting(self.broken, "a hundred thousand workloads"):
+            self.figures += scale(folder, quick=self.options.quick)
+
+    def _wanted(self, what: str, value: str, wanted: str, ok: bool, decides: bool = False) -> None:
+        self.figures.append(figure(what, value, wanted, ok))
+        if decides and not ok:
+            self.missed.append(f"{what}: {value}, not {wanted}")
+
+    def report(self, described: dict[str, Any]) -> dict[str, Any]:
+        """For the JSON file."""
+        missed = [text for result in self.results for text in result.missed()] + self.missed
         return {
-            **record,
-            "share": round(self.share(), 4),
-            "share_target": self.row.share,
-            "p50_ratio": round(self.p50(), 3),
-            "p50_target": self.row.p50,
-            "missed": self.missed(),
+            "format": 2,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "machine": described,
+            "settings": {key: getattr(self.options, key) for key in ("rounds", "seconds", "quick")},
+            "targets": self.about,
+            "rows": [result.record() for result in self.results],
+            "figures": self.figures,
+            "fleet": self.fleet,
+            "memory": self.memory,
+            "idle": self.idle,
+            "broken": self.broken,
+            "missed": missed,
         }
 
-    def line(self) -> str:
-        """For people."""
-        if self.aborted:
-            return f"{self.place:7}{self.row.name:36}  aborted: {self.aborted}"
-        unit, scale, cpu = ("MB/s", 1e6, 1e9) if self.row.bulk else ("/s", 1, 1e6)
-        rates = [statistics.median(s.rate for s in side) / scale for side in (self.plain, self.mesh)]
-        costs = [statistics.median(s.cpu_s for s in side) * cpu for side in (self.plain, self.mesh)]
-        aims = (self.row.share, self.row.p50) if self.place == "across" else (None, None)
-        latency = f"{self.p50():7.2f}" if self.p50() else f"{'':7}"
-        words = [
-            f"{self.place:7}{self.row.name:36}",
-            f"{rates[0]:9.0f} {rates[1]:9.0f} {unit:5}",
-            f"{self.share():6.3f}{aims[0] or '':>7}{latency}{aims[1] or '':>7}",
-            f"{costs[0]:10.2f}{costs[1]:10.2f} {'s/GB' if self.row.bulk else 'us'}",
-            "  MISSED" if self.missed() else "",
-        ]
-        return "".join(words)
 
-
-def collect(plain: Side, mesh: Side, rounds: int, seconds: float) -> list[Result]:
-    """Every row at both places, in turns; a case that was aborted once is not run again."""
-    results = [Result(place, row, [], [], "") for place, _ in PLACES for row in ROWS]
-    servers = dict(PLACES)
-    for number in range(rounds):
-        for at, result in enumerate(results):
-            if result.aborted:
-                continue
-            if sys.stderr.isatty():
-                print(f"\rround {number + 1}/{rounds}: {result.place}, {result.row.name:40}", end="", file=sys.stderr)
-            try:
-                bare = plain.case(result.row, result.place, servers[result.place], seconds)
-                covered = mesh.case(result.row, result.place, servers[result.place], seconds)
-            except LoadError as error:
-                results[at] = Result(result.place, result.row, [], [], str(error))
-            else:
-                result.plain.append(bare)
-                result.mesh.append(covered)
-    if sys.stderr.isatty():
-        print(f"\r{'':80}\r", end="", file=sys.stderr)
-    return results
-
-
-def stalled(mesh: Side, rounds: int, seconds: float) -> float:
-    """Rate of one bulk connection beside STALLED readers that do not read, as a share of its rate alone (median).
-
-    Raises LoadError when a run had an error, or when the readers were not full in time.
-    """
-    row = next(row for row in ROWS if row.words == ("bulk", "1"))
-    stall = ["nsenter", f"--net={mesh.client}", "--", str(build()), "stall", str(STALLED), mesh.addresses["server"]]
-    shares = []
-    for _ in range(rounds):
-        alone = mesh.case(row, "across", "server", seconds)
-        process = subprocess.Popen([*stall, str(PORT), str(seconds + 30)], stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            if process.stdout.readline() != "full\n":
-                raise LoadError("readers that do not read: their connections did not fill up")
-            beside = mesh.case(row, "across", "server", seconds)
-            if process.poll() is not None:
-                raise LoadError("readers that do not read: their connections ended")
-        finally:
-            process.kill()
-            process.wait()
-        shares.append(beside.rate / alone.rate)
-    return statistics.median(shares)
-
-
-def main() -> int:
-    """Returns the status: 1 when a case was aborted or a target missed (a quick run misses none: it judges nothing)."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each case, at least 3 for a judgement")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each run")
-    parser.add_argument("--quick", action="store_true", help="one short round: does everything work?")
-    parser.add_argument("--control", action="store_true", help="with no pod in the mesh: its cases must be aborted")
-    parser.add_argument("--json", type=Path, default=ROOT / "results/bench.json", help="where the figures go")
-    options = parser.parse_args()
-    rounds, seconds = (1, 0.3) if options.quick else (options.rounds, options.seconds)
-    print("bench: two labs come up", file=sys.stderr)
-    mode = "none" if options.control else "ambient"
-    with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as folder, labs(Path(folder), mode) as (plain, mesh):
-        idle = mesh.memory_mib()
-        results = collect(plain, mesh, rounds, seconds)
-        loaded = mesh.memory_mib()
-        beside, broken = 0.0, ""
-        try:
-            beside = stalled(mesh, rounds, seconds)
-        except LoadError as error:
-            broken = str(error)
-    print(
-        f"{'':7}{'':36}{'no mesh':>9} {'mesh':>9} {'':5}{'share':>6}{'least':>7}{'p50 x':>7}{'most':>7}"
-        f"{'CPU none':>10}{'CPU mesh':>10}"
-    )
-    for result in results:
-        print(result.line())
-    print(
-        f"bulk beside {STALLED} readers that do not read: {broken or f'{beside:.2f} of alone'} (least {STALLED_SHARE})"
-    )
-    total = idle["agent"] + idle["engine"]
-    print(
-        f"memory of node1 with {SLEEPERS + 2} pods: agent {idle['agent']:.1f} MiB, engine {idle['engine']:.1f} MiB, "
-        f"together {total:.1f} (at most {MEMORY_MIB}); after the load {loaded['agent']:.1f} and {loaded['engine']:.1f}"
-    )
-    missed = [text for result in results for text in result.missed()]
-    if total > MEMORY_MIB:
-        missed.append(f"agent and engine together have {total:.1f} MiB, not {MEMORY_MIB}")
-    if beside < STALLED_SHARE and not broken:
-        missed.append(f"bulk beside readers that do not read: {beside:.2f} of alone, not {STALLED_SHARE}")
-    aborted = [result for result in results if result.aborted]
+def write(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """JSON, Markdown and the plot beside each other; with --write-docs the latter two into docs/ as well."""
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"kernel": platform.release(), "cpus": os.cpu_count(), "load": os.getloadavg()},
-        "rounds": rounds,
-        "seconds": seconds,
-        "memory_mib": {"idle": idle, "after": loaded, "target": MEMORY_MIB},
-        "beside_stalled": {"share": round(beside, 3), "target": STALLED_SHARE, "aborted": broken},
-        "missed": missed,
-        "rows": [result.record() for result in results],
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    places = [options.json.with_suffix("")]
+    if options.write_docs:
+        places.append(DOCS / "benchmarks")
+    for place in places:
+        place.with_suffix(".svg").write_text(svg(found))
+        place.with_suffix(".md").write_text(report.markdown(found, f"{place.name}.svg"))
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Returns the status: 1 when a case was aborted or a target missed (a quick run misses none: it judges nothing)."""
+    described = machine.describe()
+    started = time.monotonic()
+    print(f"bench: labs come up for {', '.join(options.targets)}", file=sys.stderr)
+    run = Run(options)
+    with noting(run.broken, "the run ended before its time"):  # what was found until then is worth keeping
+        run.measure()
+    found = run.report(described)
+    write(found, options)
+    print(report.markdown(found))
+    print(f"figures: {options.json}, after {time.monotonic() - started:.0f} s")
+    aborted = [text for text in report.problems(found) if text.startswith("aborted")]
+    if aborted:
+        print(f"{len(aborted)} cases were aborted", file=sys.stderr)
+    if found["missed"] and not options.quick:
+        print("missed: " + "; ".join(found["missed"]), file=sys.stderr)
+    return 1 if aborted or (found["missed"] and not options.quick) else 0
+
+
+def main(words: Sequence[str]) -> int:
+    """The command line; returns the status."""
+    verbs: dict[str, Callable[[], int]] = {
+        "compare": lambda: _compare(words[1:]),
+        "floor": lambda: bench(arguments(["--targets", "plain,floor", "--places", "across", *words[1:]])),
     }
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"figures: {options.json}")
-    if aborted or broken:
-        print(f"{len(aborted) + bool(broken)} cases were aborted", file=sys.stderr)
-    if missed and not options.quick:
-        print("missed: " + "; ".join(missed), file=sys.stderr)
-    return 1 if aborted or broken or (missed and not options.quick) else 0
+    return verbs[words[0]]() if words and words[0] in verbs else bench(arguments(words))
+
+
+def _compare(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench compare", description=compare.__doc__)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    options = parser.parse_args(words)
+    return compare(options.old, options.new)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -9,10 +9,17 @@
  *   load crr CONNS ADDRESS PORT SECONDS              connect, one round trip of 64 bytes, close; CONNS at a time
  *   load bulk CONNS ADDRESS PORT SECONDS             one direction, as fast as it goes
  *   load stall CONNS ADDRESS PORT SECONDS            sends to readers that do not read; says "full" when all is full
+ *   load open RATE SIZE CONNS ADDRESS PORT SECONDS   round trips that begin at fixed times, whatever became of the
+ * others load hold CONNS ADDRESS PORT SECONDS             one round trip on each connection; says "open" and keeps them
  *
  * A connection begins with eight bytes: the mode ('r', 'b' or 's') and the size of a message. In mode r every message
  * comes back as it was sent, and is compared. In mode b the server counts until the end of the stream and answers with
  * the count, which must be what was sent: bytes that a buffer swallowed are no result. In mode s it reads no more.
+ *
+ * In an open loop the k-th round trip is due k/RATE after the start. One that finds no free connection waits for one,
+ * and its latency counts from when it was due: a peer that stalls cannot hide the requests that it kept from being sent
+ * (coordinated omission). What is still unsent at the end counts with its age then, which is less than the truth; it is
+ * told as `unsent`.
  *
  * A client works for a warm-up of a tenth of the time (at most 0.5 s) and then for SECONDS, which alone are reported,
  * but for `total_*`, which go with CPU times taken around the whole run. Then it lets every connection finish its work.
@@ -30,6 +37,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -38,6 +46,7 @@
 #define CHUNK (256 << 10)
 #define GRACE_NS 10000000000ull
 #define FULL_NS 500000000ull
+#define PATIENCE_NS 100000000ull
 #define STEPS 64
 
 enum state { FREE, CONNECTING, WORKING, ENDING };
@@ -56,7 +65,7 @@ static uint8_t chunk[CHUNK], pattern[CHUNK];
 static int ep;
 static uint64_t histogram[64 * STEPS];
 static struct {
-        uint64_t ops, bytes, errors, total_ops, total_bytes;
+        uint64_t ops, bytes, errors, total_ops, total_bytes, unsent;
         char why[120];
 } result;
 
@@ -201,15 +210,27 @@ static int server(uint16_t port, uint64_t until)
 /* -- client ------------------------------------------------------------------------------------------------------- */
 
 static struct {
-        enum { RR, CRR, BULK, STALL } kind;
+        enum { RR, CRR, OPEN, HOLD, BULK, STALL } kind; /* from BULK on without answers */
         uint32_t size;
         struct sockaddr_storage to;
         socklen_t to_len;
         uint64_t from_ns, until_ns; /* what is reported */
         uint64_t progress_ns;
         bool full;
-        unsigned working;
+        unsigned working, held;
+        unsigned to_begin; /* hold: not so many at once that a listener's queue overflows */
+        double rate;       /* open loop: per second, */
+        uint64_t begun_ns; /* counted from here, */
+        uint64_t due;      /* and this many have begun */
+        int idle[MAX_FD];  /* connections for which nothing was due when their answer came */
+        unsigned idle_n;
 } job;
+
+/* Open loop: when the next round trip is due. */
+static uint64_t due_ns(void)
+{
+        return job.begun_ns + (uint64_t)((double)job.due * 1e9 / job.rate);
+}
 
 static void record(uint64_t ns)
 {
@@ -247,6 +268,10 @@ static void begin(void)
         conns[fd] = (struct conn){.state = CONNECTING, .begun_ns = now_ns()};
         job.working++;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+        if (job.kind == STALL) { /* its end must not wait for the reader: that one will never read */
+                struct linger reset = {.l_onoff = 1};
+                setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
+        }
         if (connect(fd, (struct sockaddr *)&job.to, job.to_len) < 0 && errno != EINPROGRESS) {
                 leave(fd, "connect", errno);
                 job.working--;
@@ -294,6 +319,21 @@ static bool ask(int fd, struct conn *c)
         c->got = c->put = 0;
         if (job.kind == RR)
                 c->begun_ns = now_ns();
+        if (job.kind == OPEN) {
+                uint64_t due = due_ns(), t = now_ns();
+                if (due >= job.until_ns || t >= job.until_ns) {
+                        leave(fd, NULL, 0);
+                        job.working--;
+                        return false;
+                }
+                if (due > t) {
+                        c->put = c->size;
+                        job.idle[job.idle_n++] = fd;
+                        return true;
+                }
+                c->begun_ns = due;
+                job.due++;
+        }
         return push(fd, c);
 }
 
@@ -329,10 +369,19 @@ static bool answered(int fd, struct conn *c)
 {
         uint64_t t = now_ns();
         count(t, 1, job.size);
-        if (t >= job.from_ns && t < job.until_ns)
+        uint64_t when = job.kind == OPEN ? c->begun_ns : t;
+        if (when >= job.from_ns && when < job.until_ns)
                 record(t - c->begun_ns);
-        if (job.kind == RR && t < job.until_ns)
+        if (job.kind == OPEN || (job.kind == RR && t < job.until_ns))
                 return ask(fd, c);
+        if (job.kind == HOLD) {
+                job.held++;
+                if (job.to_begin) {
+                        job.to_begin--;
+                        begin();
+                }
+                return false;
+        }
         leave(fd, NULL, 0);
         job.working--;
         if (t < job.until_ns)
@@ -381,40 +430,74 @@ static void client_event(int fd, uint32_t events)
         }
 }
 
+/* Open loop: what is due and finds a free connection begins; after the end the free ones leave. Returns for how long
+ * there is nothing to do but answers. */
+static uint64_t begin_due(void)
+{
+        uint64_t t = now_ns(), next;
+        while (job.idle_n && ((next = due_ns()) <= t || t >= job.until_ns)) {
+                int fd = job.idle[--job.idle_n];
+                if (conns[fd].state == WORKING) /* else it failed meanwhile */
+                        ask(fd, &conns[fd]);    /* leaves where the time is over */
+        }
+        next = due_ns() < job.until_ns ? due_ns() : job.until_ns;
+        if (!job.idle_n || next > t + PATIENCE_NS)
+                return PATIENCE_NS;
+        return next > t ? next - t : 0;
+}
+
+/* What was due before the end and never began. */
+static void count_unsent(void)
+{
+        for (uint64_t due; (due = due_ns()) < job.until_ns; job.due++) {
+                if (due >= job.from_ns)
+                        record(job.until_ns - due);
+                result.unsent++;
+        }
+}
+
 static int client(unsigned n, double seconds)
 {
         struct epoll_event events[64];
         double warm = seconds / 10 < 0.5 ? seconds / 10 : 0.5;
         uint64_t begun = now_ns();
+        job.begun_ns = begun;
         job.from_ns = begun + (uint64_t)(warm * 1e9);
         job.until_ns = job.from_ns + (uint64_t)(seconds * 1e9);
-        for (unsigned i = 0; i < n; i++)
+        prctl(PR_SET_TIMERSLACK, 1ul); /* 50 us by default: too coarse for an open loop */
+        job.to_begin = job.kind == HOLD && n > 64 ? n - 64 : 0;
+        for (unsigned i = 0; i < n - job.to_begin; i++)
                 begin();
         while (job.working > 0 && now_ns() < job.until_ns + GRACE_NS) {
-                int ready = epoll_wait(ep, events, 64, 100);
+                uint64_t wait = job.kind == OPEN ? begin_due() : PATIENCE_NS;
+                struct timespec timeout = {.tv_nsec = (long)wait};
+                int ready = epoll_pwait2(ep, events, 64, &timeout, NULL);
                 for (int i = 0; i < ready; i++)
                         if (conns[events[i].data.fd].state != FREE)
                                 client_event(events[i].data.fd, events[i].events);
                 uint64_t t = now_ns();
-                if (job.kind == STALL && !job.full && job.progress_ns && t - job.progress_ns > FULL_NS) {
+                bool full = job.kind == STALL && job.progress_ns && t - job.progress_ns > FULL_NS;
+                if (!job.full && (full || (job.kind == HOLD && job.held == n))) {
                         job.full = true;
-                        printf("full\n");
+                        printf(job.kind == HOLD ? "open\n" : "full\n");
                         fflush(stdout);
                 }
-                if (job.kind == STALL && t >= job.until_ns)
+                if ((job.kind == STALL || job.kind == HOLD) && t >= job.until_ns)
                         break;
         }
+        if (job.kind == OPEN)
+                count_unsent();
         uint64_t ended = now_ns();
-        if (job.working > 0 && job.kind != STALL) {
+        if (job.working > 0 && job.kind != STALL && job.kind != HOLD) {
                 result.errors += job.working;
                 snprintf(result.why, sizeof(result.why), "%u connections did not end", job.working);
         }
         printf("{\"seconds\":%.3f,\"ops\":%llu,\"bytes\":%llu,\"p50_ns\":%llu,\"p99_ns\":%llu,\"total_seconds\":%.3f,"
-               "\"total_ops\":%llu,\"total_bytes\":%llu,\"errors\":%llu,\"error\":\"%s\"}\n",
+               "\"total_ops\":%llu,\"total_bytes\":%llu,\"unsent\":%llu,\"errors\":%llu,\"error\":\"%s\"}\n",
                seconds, (unsigned long long)result.ops, (unsigned long long)result.bytes,
                (unsigned long long)percentile(0.5), (unsigned long long)percentile(0.99), (double)(ended - begun) / 1e9,
                (unsigned long long)result.total_ops, (unsigned long long)result.total_bytes,
-               (unsigned long long)result.errors, result.why);
+               (unsigned long long)result.unsent, (unsigned long long)result.errors, result.why);
         return result.errors ? 1 : 0;
 }
 
@@ -446,19 +529,24 @@ int main(int argc, char **argv)
         if (strcmp(mode, "serve") == 0 && (argc == 3 || argc == 4))
                 return server((uint16_t)atoi(argv[2]),
                               argc == 4 ? now_ns() + (uint64_t)(atof(argv[3]) * 1e9) : UINT64_MAX);
-        if (strcmp(mode, "rr") == 0 && argc == 7 && atoi(argv[2]) > 0 && atoi(argv[2]) <= CHUNK) {
-                job.kind = RR;
+        if (strcmp(mode, "open") == 0 && argc == 8 && (job.rate = atof(argv[2])) > 0) {
+                job.kind = OPEN;
+                argv++;
+                argc--;
+        }
+        if ((strcmp(mode, "rr") == 0 || job.kind == OPEN) && argc == 7 && atoi(argv[2]) > 0 && atoi(argv[2]) <= CHUNK) {
                 job.size = (uint32_t)atoi(argv[2]);
                 argv++;
-        } else if (strcmp(mode, "crr") == 0 && argc == 6) {
-                job.kind = CRR;
+        } else if ((strcmp(mode, "crr") == 0 || strcmp(mode, "hold") == 0) && argc == 6) {
+                job.kind = mode[0] == 'c' ? CRR : HOLD;
                 job.size = 64;
         } else if ((strcmp(mode, "bulk") == 0 || strcmp(mode, "stall") == 0) && argc == 6) {
                 job.kind = mode[0] == 'b' ? BULK : STALL;
                 job.size = 128 << 10;
         } else {
                 fprintf(stderr, "load serve PORT [SECONDS] | rr SIZE CONNS ADDRESS PORT SECONDS | "
-                                "crr|bulk|stall CONNS ADDRESS PORT SECONDS\n");
+                                "open RATE SIZE CONNS ADDRESS PORT SECONDS | "
+                                "crr|bulk|stall|hold CONNS ADDRESS PORT SECONDS\n");
                 return 2;
         }
         address(argv[3], argv[4]);

