@@ -38,6 +38,11 @@ async def page(agent: Agent) -> dict[str, Any]:
     return dict(next(each for each in answer if each["identity"] == WEB))
 
 
+async def logged(node: Node, text: str) -> None:
+    """Waits until the engine has said so: its log thread writes a little after the fact."""
+    await eventually(text, lambda: text in (node.folder / "engine.log").read_text())
+
+
 async def until_open(web: Sandbox, address: str, opens: bool) -> None:
     """Connects until it goes, or does not any more. Each attempt ends by itself, the deadline is a hang guard."""
     async with asyncio.timeout(60):
@@ -77,7 +82,7 @@ def test_without_a_certificate_connections_fail_with_a_clear_line(node: Node) ->
     async def work(agent: Agent, web: Sandbox, api: Sandbox) -> None:
         for address in (api.v4, api.v6):
             await until_open(web, address, False)
-        assert f"no certificate for {WEB} within 5 s" in (node.folder / "engine.log").read_text()
+        await logged(node, f"no certificate for {WEB} within 5 s")
         told = await page(agent)
         assert (told["state"], told["error"]) == ("missing", "the state file names no certificate for it")
         assert agent.metrics.value("sidestep_certificate_requests_total", result="failed") >= 1
@@ -101,7 +106,7 @@ def test_what_cannot_be_renewed_works_until_it_ends_and_not_longer(node: Node) -
         await until_open(web, api.v4, True)
         assert (await page(agent))["state"] == "available" and (await page(agent))["error"]
         await until_open(web, api.v4, False)
-        assert f"the certificate for {WEB} has expired" in (node.folder / "engine.log").read_text()
+        await logged(node, f"the certificate for {WEB} has expired")
         told = await page(agent)
         assert told["state"] == "expired" and told["not_after"] == int(ends_s) and told["error"]
         give(node, *api_certificate, node.authority.issue(WEB))
