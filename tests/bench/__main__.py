@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import figures, machine, report
+from tests.bench import figures, machine, policies, report
 from tests.bench.compare import compare
 from tests.bench.fleet import LESS, PODS, fleet
 from tests.bench.load import ROOT, LoadError
@@ -174,6 +174,7 @@ class Run:
                 self._fleet(folder)
             if not options.rows and not options.control and OURS in options.targets:
                 self._scale(folder)
+                self._policies()
         tell("")
 
     def _rows(self) -> list[Row]:
@@ -221,6 +222,22 @@ class Run:
     def _scale(self, folder: Path) -> None:
         with noting(self.broken, "a hundred thousand workloads"):
             self.figures += scale(folder, quick=self.options.quick)
+
+    def _policies(self) -> None:
+        with noting(self.broken, "what policy costs"):
+            for each in policies.decisions():
+                what = f"one decision with {each['policies']} policies, of which {each['select']} select, us"
+                self._wanted(
+                    what, f"{each['us']:.2f}", f"at most {policies.DECISION_US}", each["us"] <= policies.DECISION_US
+                )
+            for each in policies.alone():
+                what = (
+                    f"a change of policy in force with {each['policies']} policies and {each['connections']} open "
+                    f"connections, {each['denied']} of them denied by it, ms"
+                )
+                self._wanted(
+                    what, f"{each['ms']:.0f}", f"at most {policies.CHANGE_MS}", each["ms"] <= policies.CHANGE_MS
+                )
 
     def _wanted(self, what: str, value: str, wanted: str, ok: bool, decides: bool = False) -> None:
         self.figures.append(figure(what, value, wanted, ok))
