@@ -98,7 +98,7 @@ def left(lab: Lab, pids: dict[str, int]) -> dict[str, Any]:
 
 def more(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What is there afterwards and was not before. Fewer descriptors are no leak: an idle connection may have ended."""
-    found = {}
+    found: dict[str, Any] = {}
     for what, now in after.items():
         if what.startswith("fds"):
             grown = {kind: (before[what].get(kind, 0), n) for kind, n in now.items() if n > before[what].get(kind, 0)}
