@@ -109,7 +109,7 @@ class World:
         self.there: set[str] = set()
         self._clients: dict[str, subprocess.Popen[str]] = {}
         self._addresses: dict[tuple[str, int], str] = {}
-        self._node2 = next(node for node in find(lab.name) if node.ask("/status")["node"] == "node2")
+        self._nodes = find(lab.name)
 
     def address(self, name: str, family: int) -> str:
         if (name, family) not in self._addresses:
@@ -140,8 +140,8 @@ class World:
         return status, json.loads(out.getvalue())
 
     def put(self, *made: Mapping[str, Any]) -> None:
-        """These AuthorizationPolicies and no others; returns when the engine of the servers holds them. The old ones
-        have to be gone first: one of the same name would be taken for the new one.
+        """These AuthorizationPolicies and no others; returns when the engines hold them. The old ones have to be gone
+        first: one of the same name would be taken for the new one.
         """
 
         async def remove(client: KubeClient) -> None:
@@ -158,7 +158,10 @@ class World:
         self._until({f"{each['metadata']['namespace']}/{each['metadata']['name']}" for each in made})
 
     def _until(self, keys: set[str]) -> None:
-        eventually(f"the engine holds {keys}", lambda: {row["key"] for row in self._node2.ask("/policies")} == keys)
+        def held() -> bool:
+            return all({row["key"] for row in node.ask("/policies")} == keys for node in self._nodes)
+
+        eventually(f"the engines hold {keys}", held)
         self.there = keys
 
 

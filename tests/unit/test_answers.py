@@ -251,23 +251,40 @@ def test_what_people_read() -> None:
 
 def row(name: str, kind: str = "AuthorizationPolicy", accepted: bool = True, **more: Any) -> Any:
     said = {"action": "DENY", "scope": "NAMESPACE", "dry_run": False, "reason": "", "message": "", "selects": 1}
-    return {"kind": kind, "namespace": "shop", "name": name, "accepted": accepted, "not_enforced": [], **said, **more}
+    said |= {"not_enforced": [], "records": {f"shop/{name}": "v2"}}
+    return {"kind": kind, "namespace": "shop", "name": name, "accepted": accepted, **said, **more}
+
+
+STATIC = f"istio-system/{policies.STATIC}"
+STILL = "n1: its engine holds another version of"
 
 
 @pytest.mark.parametrize(
     ("policy", "keys", "why"),
     [
-        (row("p"), {"n1": ["shop/p"], "n2": ["shop/p"]}, []),
-        (row("p"), {"n1": ["shop/p"], "n2": []}, ["n2: its engine does not hold it (yet)"]),
+        (row("p"), {"n1": {"shop/p": "v2"}, "n2": {"shop/p": "v2"}}, []),
+        (row("p"), {"n1": {"shop/p": "v2"}, "n2": {}}, ["n2: its engine does not hold it (yet)"]),
+        (row("p"), {"n1": {"shop/p": "v1"}, "n2": {"shop/p": "v2"}}, [f"{STILL} it (still)"]),
+        (row("p"), {"n1": {"shop/p": ""}}, [f"{STILL} it (still)"]),  # stands in for what cannot be decoded
         (row("p"), {}, []),
-        (row("p", accepted=False, message="bad port"), {"n1": []}, ["bad port"]),
-        (row("p", accepted=False, not_enforced=["rules[0]: methods"]), {"n1": []}, ["rules[0]: methods"]),
-        (row("p", "PeerAuthentication"), {"n1": []}, []),
-        (row("p", "PeerAuthentication", not_enforced=["DISABLE"]), {"n1": []}, ["DISABLE"]),
+        (row("p", accepted=False, message="bad port", records={}), {"n1": {}}, ["bad port"]),
+        (
+            row("p", accepted=False, not_enforced=["rules[0]: methods"]),
+            {"n1": {"shop/p": "v1"}},
+            ["rules[0]: methods", f"{STILL} it (still)"],
+        ),
+        (row("p", "PeerAuthentication", records={}), {"n1": {}}, []),
+        (row("p", "PeerAuthentication", not_enforced=["DISABLE"], records={}), {"n1": {}}, ["DISABLE"]),
+        (row("p", "PeerAuthentication", records={STATIC: "v2"}), {"n1": {STATIC: "v2"}}, []),
+        (
+            row("p", "PeerAuthentication", records={STATIC: "v2", "shop/converted_peer_authentication_p": "v2"}),
+            {"n1": {"shop/converted_peer_authentication_p": "v1"}},
+            [f"n1: its engine does not hold {STATIC} (yet)", f"{STILL} shop/converted_peer_authentication_p (still)"],
+        ),
     ],
 )
-def test_policies_of_the_control_plane(policy: Any, keys: dict[str, list[str]], why: list[str]) -> None:
-    held = {node: [{"key": key} for key in each] for node, each in keys.items()}
+def test_policies_of_the_control_plane(policy: Any, keys: dict[str, dict[str, str]], why: list[str]) -> None:
+    held = {node: [{"key": key, "version": at} for key, at in each.items()] for node, each in keys.items()}
     [found] = policies.from_control([policy], held)
     assert found["not_enforced"] == why and found["enforced"] is not bool(why) and found["scope"] == "namespace"
 

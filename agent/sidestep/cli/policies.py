@@ -80,16 +80,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def from_control(policies: Iterable[Row], held: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """One row for each object; what is not enforced of it, node by node where an engine does not hold it. Pure."""
-    keys = {node: {str(record.get("key")) for record in records} for node, records in held.items()}
+    """One row for each object; what is not enforced of it, node by node where an engine does not hold what was made of
+    it. Pure.
+    """
+    versions = {
+        node: {str(record.get("key")): str(record.get("version")) for record in records}
+        for node, records in held.items()
+    }
     rows = []
     for policy in sorted(policies, key=lambda each: (str(each["namespace"]), str(each["name"]), str(each["kind"]))):
         why = list(policy.get("not_enforced") or ())
         if not policy.get("accepted") and not why:
             why = [str(policy.get("message") or policy.get("reason") or "refused")]
-        key = f"{policy['namespace']}/{policy['name']}"
-        if policy["kind"] == AUTHORIZATION and policy.get("accepted"):
-            why += [f"{node}: its engine does not hold it (yet)" for node in sorted(keys) if key not in keys[node]]
+        for name, version in sorted((policy.get("records") or {}).items()):
+            it = "it" if name == f"{policy['namespace']}/{policy['name']}" else name
+            for node in sorted(versions):
+                if name not in versions[node]:
+                    why.append(f"{node}: its engine does not hold {it} (yet)")
+                elif versions[node][name] != version:
+                    why.append(f"{node}: its engine holds another version of {it} (still)")
         rows.append(
             {
                 "kind": policy["kind"],
