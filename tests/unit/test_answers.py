@@ -121,7 +121,9 @@ def mesh() -> Mesh:
                 "name": "db",
                 "hostname": "db.shop.svc.cluster.local",
                 "vips": ["/10.9.0.1", "/fd99::1"],
-            }
+            },
+            {"namespace": "shop", "name": "front", "hostname": "front.shop.svc.cluster.local", "vips": ["/10.9.0.2"]},
+            {"namespace": "shop", "name": "headless", "hostname": "headless.shop.svc.cluster.local"},
         ],
     }
     return Mesh(agents, pods, lambda noun, text: records[noun])
@@ -183,6 +185,8 @@ def test_targets(text: str, where: list[tuple[str, int]], note: str) -> None:
         ("shop/agent:80", "shop/agent uses the host's network"),
         ("shop/host:80", "pod shop/host has no record in the mesh \\(it uses the host's network\\)"),
         ("shop/nobody:80", "no workload shop/nobody is known"),
+        ("shop/front:80", "shop/front is a Service, not a pod; as TO say its address \\(10.9.0.2\\)"),
+        ("shop/headless:80", "shop/headless is a Service, not a pod; it has no address: say a pod"),
         ("shop/sa/nobody:80", "no workload shop/sa/nobody is known"),
         ("shop/web2", "shop/web2 declares no port and no Service leads to it: say shop/web2:PORT"),
         ("192.0.2.1:80", "is no workload and no Service"),
@@ -192,6 +196,9 @@ def test_targets(text: str, where: list[tuple[str, int]], note: str) -> None:
 def test_where_nothing_decides(text: str, why: str) -> None:
     with pytest.raises(NodeError, match=why):
         authz.targets(mesh(), parse(text, True), [])
+
+
+STATIC = f"istio-system/{policies.STATIC}"
 
 
 def test_pairs_are_of_one_family_and_not_with_oneself() -> None:
@@ -249,13 +256,56 @@ def test_what_people_read() -> None:
     assert unknown.startswith("cannot say: ") and "no identity (clear text)" in unknown
 
 
+POLICY_LINES = [
+    ({"matched": True, "rule": 2}, "(DENY) matches by rules[2]"),
+    ({"dry_run": True, "matched": True, "rule": 0}, "(DENY, dry run: it decides nothing) matches by rules[0]"),
+    ({"missed": []}, "(DENY) does not match: it has no rules"),
+    (
+        {"missed": [["serviceAccounts", "destinationPorts"]]},
+        "does not match: rules[0] does not fit in serviceAccounts, ports",
+    ),
+    (
+        {"missed": [["notSourceIps"], ["nothing", "principals"]]},
+        "does not match: rules[0] does not fit in source notIpBlocks; "
+        "rules[1] has a part that L4 does not know, and never matches",
+    ),
+    ({"missed": [["principals"]] * 9}, "rules[7] does not fit in principals; and so on"),
+    ({}, "(DENY) does not match"),
+    (
+        {"name": STATIC, "missed": [["notPrincipals"]]},
+        f"{STATIC} (DENY, PeerAuthentication STRICT) does not match: the caller has an identity",
+    ),
+    ({"name": STATIC, "matched": True, "rule": 0}, "(DENY, PeerAuthentication STRICT) matches: no identity"),
+    (
+        {"name": "shop/converted_peer_authentication_own", "missed": [["destinationPorts"], ["destinationPorts"]]},
+        "(DENY, PeerAuthentication shop/own) does not match: not at this port",
+    ),
+]
+
+
+@pytest.mark.parametrize(("policy", "says"), POLICY_LINES)
+def test_why_a_policy_matches_or_not(policy: dict[str, Any], says: str) -> None:
+    considered = {"name": "shop/p", "action": "Deny", "dry_run": False, "matched": False, "rule": -1, **policy}
+    [text] = authz.told([check(True, policies=[considered])])
+    assert text.splitlines()[-1].endswith(says)
+
+
+def test_peer_authentication_by_its_own_name() -> None:
+    """Where it denied, in the answer and among a pod's denials."""
+    [text] = authz.told([check(False, policy=STATIC, rule=0, reason=f"explicitly denied by: {STATIC}")])
+    meant = f"explicitly denied by: {STATIC} (PeerAuthentication STRICT: who has no identity is refused)"
+    assert f"  because  {meant}" in text.splitlines()
+    assert policies.in_words(f"explicitly denied by: {STATIC}") == meant
+    for reason in ("explicitly denied by: shop/p", "allow policies exist, but none allowed", "-"):
+        assert policies.in_words(reason) == reason
+
+
 def row(name: str, kind: str = "AuthorizationPolicy", accepted: bool = True, **more: Any) -> Any:
     said = {"action": "DENY", "scope": "NAMESPACE", "dry_run": False, "reason": "", "message": "", "selects": 1}
     said |= {"not_enforced": [], "records": {f"shop/{name}": "v2"}}
     return {"kind": kind, "namespace": "shop", "name": name, "accepted": accepted, **said, **more}
 
 
-STATIC = f"istio-system/{policies.STATIC}"
 STILL = "n1: its engine holds another version of"
 
 

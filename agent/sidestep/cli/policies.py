@@ -28,6 +28,20 @@ SCOPES = {
 }
 
 
+def stands_for(record: str) -> str:
+    """What a record was made of, where its name does not say so: "" for any but those of PeerAuthentications. Pure."""
+    namespace, _, name = record.rpartition("/")
+    if name == STATIC:
+        return "PeerAuthentication STRICT"
+    return f"PeerAuthentication {namespace}/{name.removeprefix(CONVERTED)}" if name.startswith(CONVERTED) else ""
+
+
+def in_words(reason: str) -> str:
+    """An engine's reason, with what the policy in it stands for. Pure."""
+    meant = stands_for(reason.rpartition(": ")[2])
+    return f"{reason} ({meant}: who has no identity is refused)" if meant else reason
+
+
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `policies`."""
     line = "the policies of the mesh, and what of them is not enforced"
