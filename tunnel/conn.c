@@ -33,6 +33,7 @@
 #include "conn.h"
 #include "denial.h"
 #include "hbone.h"
+#include "intern.h"
 #include "pod.h"
 #include "rbac.h"
 
@@ -41,7 +42,7 @@
 #define FRONT 16                          /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
 #define REVIEW_TURN 1024 /* decisions in one turn of the loop, about a millisecond */
-#define REVIEW_CUT 16    /* decisions that a reset costs as much as */
+#define REVIEW_CUT 16    /* decisions that a reset, or a line in the log, costs as much as */
 
 _Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into the scratch buffer");
 
@@ -405,11 +406,32 @@ static void denied(struct flow *f, const struct pod *at, const struct workload *
         f->policy = NULL;
 }
 
+/* A dry run (NULL: none) would have denied it. Counted and logged when that is news: once for a connection, not for
+ * each change that has it judged anew. Returns whether it is. */
+static bool dry_ran(struct flow *f, const struct workload *dst, const char *policy)
+{
+        struct worker *w = f->w;
+        char src[ENDPOINT_STRLEN], to[ENDPOINT_STRLEN];
+        const char *who = caller(f);
+        uint64_t which = policy ? hash_bytes(policy, strlen(policy), 0) | 1 : 0;
+        bool news = which && which != f->dry_run;
+        f->dry_run = which;
+        if (!news)
+                return false;
+        denials_dry_run(w->engine->denials, policy, dst);
+        if (event_log_room(w->engine->event, w->ev))
+                event_log(w->engine->event, w->ev, "info",
+                          "dry run would deny src.addr=%s%s%.255s%s dst.addr=%s dst.workload=\"%.255s\" "
+                          "dst.namespace=\"%.255s\" policy=\"%.255s\"",
+                          endpoint_format(&f->src, src), who ? " src.identity=\"" : "", who ? who : "", who ? "\"" : "",
+                          endpoint_format(&f->app, to), dst->name, dst->namespace_, policy);
+        return true;
+}
+
 /* It was let in: it stays on the seat's list as long as it lives. */
 static void let_in(struct flow *f, struct seat *seat, const struct workload *dst, const struct rbac_verdict *v)
 {
-        if (v->dry_run)
-                denials_dry_run(f->w->engine->denials, v->dry_run, dst);
+        dry_ran(f, dst, v->dry_run);
         if (f->state == FLOW_DEAD)
                 return;
         f->epoch = seat->epoch;
@@ -452,7 +474,7 @@ static unsigned judge_anew(struct flow *f, struct seat *seat, struct memo *memo)
         if (v.allow || v.reason == RBAC_NOT_RECEIVED || (!dst && v.reason != RBAC_DENIED)) {
                 f->epoch = seat->epoch;
                 link_add(&seat->judged, &f->judged);
-                return 1;
+                return dst && v.allow && dry_ran(f, dst, v.dry_run) ? REVIEW_CUT : 1;
         }
         denied(f, seat->pod, dst, &v, true);
         return REVIEW_CUT;

@@ -660,6 +660,7 @@ int tunnel_dump(struct tunnel *t, const char *what, int fd)
 /* -- why ----------------------------------------------------------------------------------------------------------- */
 
 #define AUTHZ_POLICIES 256
+#define AUTHZ_RULES 32 /* of one policy */
 
 /* "IP", "IP:PORT", "[IP]:PORT"; port 0 where there is none. */
 static int parse_endpoint(const char *text, struct endpoint *out)
@@ -700,7 +701,25 @@ static int parse_endpoint(const char *text, struct endpoint *out)
 struct answer {
         struct dump d;
         size_t most; /* bytes */
+        const struct rbac_request *asked;
 };
+
+/* Why it does not match: for each rule the lists that stand in the way. Half of the room is kept for names. */
+static void explain_missed(const struct answer *a, const struct policy_record *p)
+{
+        FILE *out = a->d.out;
+        fputs(",\"missed\":[", out);
+        for (unsigned r = 0; r < p->nrules && r < AUTHZ_RULES && (size_t)ftell(out) < a->most / 2; r++) {
+                unsigned missed = rbac_missed(p, r, a->asked), some = 0;
+                fputs(r ? ",[" : "[", out);
+                for (unsigned list = 0; list <= LISTS; list++)
+                        if (missed & 1u << list)
+                                fprintf(out, "%s\"%s\"", some++ ? "," : "",
+                                        list < LISTS ? policy_list_names[list] : "nothing");
+                fputc(']', out);
+        }
+        fputc(']', out);
+}
 
 /* One more of the list, where it fits. */
 static void explain(void *arg, const struct policy_record *p, int rule)
@@ -712,8 +731,11 @@ static void explain(void *arg, const struct policy_record *p, int rule)
         comma(&a->d);
         fputc('{', out);
         json_text(out, "name", p->r.name);
-        fprintf(out, ",\"action\":\"%s\",\"dry_run\":%s,\"matched\":%s,\"rule\":%d}", p->deny ? "Deny" : "Allow",
+        fprintf(out, ",\"action\":\"%s\",\"dry_run\":%s,\"matched\":%s,\"rule\":%d", p->deny ? "Deny" : "Allow",
                 p->dry_run ? "true" : "false", rule < 0 ? "false" : "true", rule);
+        if (rule < 0)
+                explain_missed(a, p);
+        fputc('}', out);
 }
 
 int tunnel_authz(struct tunnel *t, const char *identity, const char *source, const char *destination, char *out,
@@ -735,7 +757,7 @@ int tunnel_authz(struct tunnel *t, const char *identity, const char *source, con
                 char ip[ENDPOINT_STRLEN];
                 snprintf(reason, sizeof(reason), "no workload at %s", addr_format(&request.destination.addr, ip));
         }
-        struct answer a = {.d.out = open_memstream(&text, &len), .most = out_len};
+        struct answer a = {.d.out = open_memstream(&text, &len), .most = out_len, .asked = &request};
         if (!a.d.out)
                 return -ENOMEM;
         fprintf(a.d.out, "{\"allow\":%s,\"rule\":%d,", verdict.allow ? "true" : "false", verdict.rule);

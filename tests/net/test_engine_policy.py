@@ -223,12 +223,12 @@ def counter(client: Client, name: str, pod: Pod) -> int:
     return int(found[1]) if found else 0
 
 
-def logged(mesh: Mesh, pod: Pod, text: str) -> list[str]:
-    """Lines with this text, once there is one: another thread writes them."""
+def logged(mesh: Mesh, pod: Pod, text: str, count: int = 1) -> list[str]:
+    """Lines with this text, once there are that many: another thread writes them."""
     deadline = time.monotonic() + 20
     while True:
         lines = [line for line in mesh.log(pod).splitlines() if text in line]
-        if lines:
+        if len(lines) >= count:
             return lines
         assert time.monotonic() < deadline, f"not logged: {text}"
         time.sleep(0.01)
@@ -256,6 +256,48 @@ def test_a_dry_run_is_counted_and_denies_nothing(mesh: Mesh, way: str) -> None:
         pass
     assert f'sidestep_policy_dry_run_denied_total{{policy="default/{name}"' in engine.metrics()
     assert counter(engine, f"default/{name}", mesh.target(way)) == 0
+
+
+def dry_counter(client: Client, name: str) -> int:
+    found = re.search(rf'^sidestep_policy_dry_run_denied_total{{policy="{name}",.*}} (\d+)$', client.metrics(), re.M)
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whom_a_dry_run_would_deny_is_logged_once(mesh: Mesh, way: str) -> None:
+    """Who comes, and who was there before; not again at every change that has them judged anew."""
+    pod = mesh.target(way)
+    engine = mesh.engine(pod)
+    one, two = (f"default/try-{secrets.token_hex(4)}" for _ in range(2))
+    dry = {name: policy(name.rpartition("/")[2], only(destinationPorts=[PORT]), dryRun=True) for name in (one, two)}
+    with conversation(mesh, way) as before:
+        with conversation(mesh, way, port=PORT + 1):  # the control: another port
+            mesh.set(dry[one])
+            assert dry_counter(engine, one) == 1
+            for number in range(5):
+                mesh.set(policy("other", only(destinationPorts=[number + 1])))
+            assert dry_counter(engine, one) == 1
+            mesh.remove(one)
+            mesh.set(dry[two])
+            assert (dry_counter(engine, one), dry_counter(engine, two)) == (1, 1)
+            talk(*before)
+    with conversation(mesh, way):
+        assert (dry_counter(engine, one), dry_counter(engine, two)) == (1, 2)
+    who = "" if way == "plain" else f' src.identity="{mesh["client"].identity}"'
+    for name, count in ((one, 1), (two, 2)):
+        lines = logged(mesh, pod, f'policy="{name}"', count)
+        for line in lines:
+            told = re.search(
+                r"info\tdry run would deny src\.addr=(\S+):\d+(.*) dst\.addr=(\S+) dst\.workload=(.*)", line
+            )
+            assert told is not None, line
+            assert told.groups() == (
+                mesh.source(way, 4),
+                who,
+                f"{pod.address()}:{PORT}",
+                f'"{pod.name}" dst.namespace="default" policy="{name}"',
+            )
+        assert len(lines) == count
 
 
 def test_denials_are_the_last_256(mesh: Mesh) -> None:

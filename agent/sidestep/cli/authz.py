@@ -20,11 +20,22 @@ from urllib.parse import urlencode
 
 from sidestep.cli.mesh import Mesh, endpoint, family, gather, not_as_written
 from sidestep.cli.nodes import NodeError
+from sidestep.cli.policies import in_words, stands_for
 from sidestep.cli.show import add_options
 from sidestep.cli.table import Row
 from sidestep.node.pods import spiffe
 
 CHECKS_MAX = 512
+RULES_TOLD = 8
+# The lists of a match, in the words of an AuthorizationPolicy.
+MISFITS = {
+    "sourceIps": "source ipBlocks",
+    "notSourceIps": "source notIpBlocks",
+    "destinationIps": "destination.ip",
+    "notDestinationIps": "destination.ip (notValues)",
+    "destinationPorts": "ports",
+    "notDestinationPorts": "notPorts",
+}
 ALLOWED, DENIED, UNKNOWN = 0, 1, 2
 NOWHERE = {4: "0.0.0.0", 6: "::"}
 NAMES = """\
@@ -244,6 +255,11 @@ def _unknown(mesh: Mesh, name: Name) -> str:
     if pod is not None:
         why = "it uses the host's network" if pod.get("host_network") else pod.get("why") or "it has no address yet"
         return f"pod {name} has no record in the mesh ({why})"
+    service = mesh.service_named(name.namespace, name.name) if name.kind == "pod" else {}
+    if service:
+        addresses = [str(vip).rpartition("/")[2] for vip in service.get("vips") or ()]
+        how = f"as TO say its address ({', '.join(addresses)})" if addresses else "it has no address: say a pod"
+        return f"{name} is a Service, not a pod; {how}"
     return f"no workload {name} is known to the mesh; `sidestep workloads` lists them"
 
 
@@ -367,17 +383,43 @@ def told(checks: Iterable[Row]) -> list[str]:
 def _told(group: Sequence[Row]) -> str:
     first = group[0]
     word = "cannot say" if not first["known"] else "allowed" if first["allow"] else "DENIED"
-    rule = f", rules[{first['rule']}]" if first["rule"] >= 0 else ""
-    reason = first["reason"]
+    because = in_words(first["reason"])
+    if first["rule"] >= 0 and not stands_for(first["policy"]):
+        because += f", rules[{first['rule']}]"
     lines = [
         f"{word}: {first['from']['name']} -> {first['to']['name']}:{first['to']['port']}",
         f"  from     {first['from']['identity'] or 'no identity (clear text)'}"
         f" at {', '.join(dict.fromkeys(each['from']['address'] for each in group))}",
         f"  to       {', '.join(dict.fromkeys(each['to']['address'] for each in group))}",
-        f"  because  {reason}{rule}",
+        f"  because  {because}",
     ]
     for each in first["policies"]:
-        matched = f"matches by rules[{each['rule']}]" if each.get("matched") else "does not match"
-        dry = ", dry run: it decides nothing" if each.get("dry_run") else ""
-        lines.append(f"  policy   {each['name']} ({str(each['action']).upper()}{dry}) {matched}")
+        meant = stands_for(each["name"])
+        what = [str(each["action"]).upper(), *([meant] if meant else [])]
+        what += ["dry run: it decides nothing"] if each.get("dry_run") else []
+        lines.append(f"  policy   {each['name']} ({', '.join(what)}) {_whether(each, bool(meant))}")
     return "\n".join(lines)
+
+
+def _whether(policy: Row, peer: bool) -> str:
+    """Whether it matches, and by which rule; or why none does: for each rule what does not fit."""
+    if policy.get("matched"):
+        return "matches: no identity" if peer else f"matches by rules[{policy['rule']}]"
+    missed = policy.get("missed")
+    if missed is None:
+        return "does not match"
+    if peer:
+        known = any("notPrincipals" in lists for lists in missed)
+        return "does not match: the caller has an identity" if known else "does not match: not at this port"
+    if not missed:
+        return "does not match: it has no rules"
+    parts = [f"rules[{number}] {_misfits(lists)}" for number, lists in enumerate(missed[:RULES_TOLD])]
+    if len(missed) > RULES_TOLD:
+        parts.append("and so on")
+    return "does not match: " + "; ".join(parts)
+
+
+def _misfits(lists: Sequence[str]) -> str:
+    if "nothing" in lists:
+        return "has a part that L4 does not know, and never matches"
+    return f"does not fit in {', '.join(MISFITS.get(each, each) for each in lists)}"

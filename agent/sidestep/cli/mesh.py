@@ -65,6 +65,11 @@ class Mesh:
                 return each
         return None
 
+    def service_named(self, namespace: str, name: str) -> Row:
+        """The Service of that name in the API; empty where there is none."""
+        found = self.look("services", f'"name":{json.dumps(name)}')
+        return next((each for each in found if (each.get("namespace"), each.get("name")) == (namespace, name)), {})
+
     def service(self, name: str) -> Row:
         """The service NAMESPACE/HOSTNAME; empty where there is none."""
         found = self.look("services", f'"key":{json.dumps(name)}')
