@@ -46,7 +46,7 @@ $(BIN)/supervise: tunnel/supervise.c
 	gcc $(CFLAGS_C) -static -o $@.new $< && mv $@.new $@
 
 # The programs of the pods' namespaces: compiled, stripped of DWARF (BTF stays), embedded into sidestep._bpf as skeletons.
-BPF_SKEL := $(OUT)/bpf/capture.skel.h $(OUT)/bpf/survey.skel.h $(OUT)/bpf/kubelet.skel.h
+BPF_SKEL := $(OUT)/bpf/capture.skel.h $(OUT)/bpf/survey.skel.h $(OUT)/bpf/kubelet.skel.h $(OUT)/bpf/flows.skel.h
 BPFTOOL  := $(firstword $(wildcard /usr/sbin/bpftool /sbin/bpftool) bpftool)
 
 $(OUT)/bpf/%.skel.h: bpf/%.bpf.c bpf/maps.h

@@ -37,7 +37,7 @@ ffi.set_source(
         "bpf/loader.h",
         "bpf/loader.c",
         "bpf/maps.h",
-        *(f"build/bpf/{name}.skel.h" for name in ("capture", "survey", "kubelet")),
+        *(f"build/bpf/{name}.skel.h" for name in ("capture", "survey", "kubelet", "flows")),
     ],
 )
 

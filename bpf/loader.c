@@ -58,6 +58,7 @@
 #include "loader.h"
 #include "maps.h"
 #include "capture.skel.h"
+#include "flows.skel.h"
 #include "kubelet.skel.h"
 #include "survey.skel.h"
 
@@ -66,14 +67,17 @@
 #define CAPTURE_TABLE 100
 #define CAPTURE_RULE_PREF 32764
 
-static const char *const map_names[] = {"listeners", "engine_sk", "fates",    "own", "probes",
-                                        "asking",    "addresses", "counters", "pod"};
+static const char *const map_names[] = {"listeners", "engine_sk", "fates", "own",      "probes", "asking",
+                                        "addresses", "counters",  "pod",   "verdicts", "pending"};
 static const char *const program_names[] = {"out_eth", "in_eth", "in_lo", "out_lo", "steer"};
-static const char *const survey_names[] = {"note", "claim", "survey"}; /* loaded when needed */
+static const char *const survey_names[] = {"note", "claim", "survey", "adopt"}; /* loaded when needed */
 static const char *const node_names[] = {"link", "probe_syn", "probe_ports", "kubelet_counters", "probe_notes"};
 #define NODE "node" /* no pod's UID */
 #define NODE_PATH (PATH_MAX - 64)
-#define SHARED "probe_notes" /* the map that pods take from there */
+/* What vouched flows need of the node. */
+static const char *const vouch_names[] = {"vouched", "slots", "flows"};
+/* The maps that pods take from there. */
+static const char *const shared_names[] = {"probe_notes", "vouched", "slots"};
 
 static int fail(char *error, int code, const char *format, ...)
 {
@@ -540,7 +544,10 @@ static int pin_maps(struct bpf_object *object, const char *pins)
                 if (bpf_map__is_internal(map)) /* constants */
                         continue;
                 const char *name = bpf_map__name(map);
-                path_of(path, strcmp(name, SHARED) == 0 ? node : pins, name);
+                bool shared = false;
+                for (size_t i = 0; i < sizeof(shared_names) / sizeof(*shared_names); i++)
+                        shared |= strcmp(name, shared_names[i]) == 0;
+                path_of(path, shared ? node : pins, name);
                 int result = bpf_map__set_pin_path(map, path); /* load takes the map that is there, or pins a new one */
                 if (result < 0)
                         return result;
@@ -618,13 +625,100 @@ int capture_maps(const char *pins, int *listeners, int *engine_sk, char *error)
         return 0;
 }
 
-/* -- the survey --------------------------------------------------------------------------------------------------- */
-
 /* What an iterator saw: room for it grows as needed. */
 struct survey {
         struct capture_seen *seen;
         size_t n, room;
 };
+
+/* -- vouched flows --------------------------------------------------------------------------------------------------
+ */
+
+/* The node's iterator, if it is not there yet. */
+static int load_flows(const char *node)
+{
+        if (all_there(node, vouch_names, sizeof(vouch_names) / sizeof(*vouch_names)))
+                return 0;
+        struct flows_bpf *flows = flows_bpf__open();
+        int result = flows ? flows_bpf__load(flows) : -errno;
+        if (result == 0)
+                result = pin_programs(flows->obj, node);
+        flows_bpf__destroy(flows);
+        return result;
+}
+
+int capture_vouch(const char *pins, int fds[4], char *error)
+{
+        static const char *const names[] = {"verdicts", "fates", "slots", "flows"};
+        char node[NODE_PATH];
+        libbpf_set_print(silent);
+        node_of(node, pins);
+        int result = load_flows(node);
+        if (result < 0)
+                return fail(error, result, "load the iterator of vouched flows (BTF of the kernel)");
+        for (int i = 0; i < 4; i++) {
+                fds[i] = open_pin(i < 2 ? pins : node, names[i]);
+                if (fds[i] < 0) {
+                        result = fail(error, fds[i], "%s of %s", names[i], pins);
+                        while (--i >= 0)
+                                close(fds[i]);
+                        return result;
+                }
+        }
+        return 0;
+}
+
+/* How many entries of a map of SYNs are older than that; takes them out where it is told to. */
+static int old_entries(const char *pins, const char *name, uint64_t ns, bool take)
+{
+        struct capture_tuple key, next;
+        struct capture_probe value;
+        struct timespec now;
+        int map = open_pin(pins, name), n = 0;
+        if (map < 0)
+                return map;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        uint64_t now_ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+        int most = VOUCH_MAX_NOTES + VOUCH_MAX_PENDING; /* who is asked while others change it may answer twice */
+        for (bool more = bpf_map_get_next_key(map, NULL, &next) == 0; more && most > 0; most--) {
+                key = next;
+                more = bpf_map_get_next_key(map, &key, &next) == 0;
+                if (bpf_map_lookup_elem(map, &key, &value) < 0 || now_ns < value.when || now_ns - value.when < ns)
+                        continue;
+                n++;
+                if (take)
+                        bpf_map_delete_elem(map, &key);
+        }
+        close(map);
+        return n;
+}
+
+int capture_sweep_notes(const char *node, char *error)
+{
+        int n = old_entries(node, "vouched", VOUCH_STALE_NS, true);
+        return n < 0 && n != -ENOENT ? fail(error, n, "map vouched in %s", node) : 0;
+}
+
+static int run_survey(const char *pins, const char *program, struct survey *s);
+
+int capture_sweep(const char *pins, int netns, char *error)
+{
+        struct survey s = {0};
+        int back, result = old_entries(pins, "pending", KUBELET_NOTE_NS, false);
+        libbpf_set_print(silent);
+        if (result > 0 && netns >= 0) {
+                if ((result = enter(netns, &back)) < 0)
+                        return fail(error, result, "enter the network namespace");
+                result = run_survey(pins, "adopt", &s);
+                leave(back);
+                free(s.seen);
+        }
+        if (result >= 0)
+                result = old_entries(pins, "pending", VOUCH_PENDING_NS, true);
+        return result < 0 ? fail(error, result, "sweep the pending SYNs in %s", pins) : 0;
+}
+
+/* -- the survey --------------------------------------------------------------------------------------------------- */
 
 /* Runs an iterator inside the namespace. The caller frees s->seen, also after an error. */
 static int run_survey(const char *pins, const char *program, struct survey *s)
@@ -907,6 +1001,11 @@ static const char *const counter_names[] = {
         [COUNT_IN_PROBE] = "to_application_probe",
         [COUNT_PROBE] = "probe",
         [COUNT_PROBE_FULL] = "probe_full",
+        [COUNT_VOUCHED] = "vouched",
+        [COUNT_VOUCH_FULL] = "vouch_full",
+        [COUNT_VOUCH_CUT] = "vouch_cut",
+        [COUNT_IN_VOUCHED] = "to_application_vouched",
+        [COUNT_IN_LATE] = "vouched_late",
 };
 
 const char *capture_counter_name(int counter)
@@ -1000,6 +1099,7 @@ static void leave_node(const char *pins)
         if (!others) {
                 unlink_link(node);
                 unpin(node, node_names, sizeof(node_names) / sizeof(*node_names));
+                unpin(node, vouch_names, sizeof(vouch_names) / sizeof(*vouch_names));
                 rmdir(node);
         }
 }

@@ -195,7 +195,7 @@ class Nodes:
         client, capture = self.clients[pod.node], pod.capture
         assert client is not None
         assert capture is not None
-        listeners, engine_sk = capture.maps()
+        fds = [*capture.maps(), *(capture.vouch() if self.same_node == "native" else [])]
         with open(pod.path) as netns:
             body = {
                 "uid": pod.uid,
@@ -208,9 +208,9 @@ class Nodes:
                 "netns_cookie": os.fstat(netns.fileno()).st_ino,
                 "netns_ino": os.fstat(netns.fileno()).st_ino,
             }
-            pod.ports = client.call(channel.POD_ADD, body, [netns.fileno(), listeners, engine_sk])["ports"]
-        os.close(listeners)
-        os.close(engine_sk)
+            pod.ports = client.call(channel.POD_ADD, body, [netns.fileno(), *fds])["ports"]
+        for fd in fds:
+            os.close(fd)
 
     # -- the snapshot ------------------------------------------------------------------------------------------------
     def record(self, pod: Pod, **changes: object) -> pb.Address:

@@ -140,14 +140,14 @@ class Exemption:
         found: dict[bytes, tuple[int, int]] = {}
         with Map(self.node + b"/probe_notes") as notes:
             for key in notes.keys(36):
-                isn, _, when = struct.unpack("IIQ", notes.lookup(key, 16))
+                isn, _, when, _, _ = struct.unpack("IIQII", notes.lookup(key, 24))
                 found[key] = isn, when
         return found
 
     def note(self, key: bytes, isn: int, when_ns: int) -> None:
         """Writes a note as the program would, at a time of the test's own."""
         with Map(self.node + b"/probe_notes") as notes:
-            notes.update(key, struct.pack("IIQ", isn, 0, when_ns))
+            notes.update(key, struct.pack("IIQII", isn, 0, when_ns, 0, 0))
 
 
 class Map:

@@ -27,7 +27,7 @@ class Capture:
 
     def __init__(self, pair: Pair, interface: str = "eth0") -> None:
         self.pair = pair
-        self.pins = str(BPFFS / f"t-{os.getpid()}" / "v1" / pair.pod).encode()
+        self.pins = str(BPFFS / f"t-{os.getpid()}" / "v2" / pair.pod).encode()
         self.interface = interface.encode()
         self._error = ffi.new("char[]", lib.CAPTURE_ERROR_LEN)
 
@@ -70,6 +70,18 @@ class Capture:
         out = ffi.new("uint64_t[]", lib.COUNT_MAX)
         n = self._check(lib.capture_counters(self.pins, out, lib.COUNT_MAX, self._error))
         return {ffi.string(lib.capture_counter_name(i)).decode(): int(out[i]) for i in range(n)}
+
+    def vouch(self) -> list[int]:
+        """What an engine that vouches gets beside `maps`."""
+        fds = ffi.new("int[4]")
+        self._check(lib.capture_vouch(self.pins, fds, self._error))
+        return list(fds)
+
+    def sweep(self) -> None:
+        """What the agent does each second."""
+        with open(self.pair.pod_path) as netns:
+            self._check(lib.capture_sweep(self.pins, netns.fileno(), self._error))
+        self._check(lib.capture_sweep_notes(str(Path(self.pins.decode()).parent / "node").encode(), self._error))
 
     def maps(self) -> tuple[int, int]:
         first, second = ffi.new("int*"), ffi.new("int*")

@@ -490,7 +490,7 @@ def test_toggles_leave_nothing(node: Node) -> None:
                 listed = {
                     "agent fds": len(os.listdir("/proc/self/fd")),
                     "engine fds": len(os.listdir(f"/proc/{node.engine.pid}/fd")),
-                    "pins": sorted(os.listdir(node.bpf_dir / "v1")),
+                    "pins": sorted(os.listdir(node.bpf_dir / "v2")),
                     "records": sorted(os.listdir(node.folder / "run" / "pods")),
                 }
                 for what in (
@@ -623,7 +623,7 @@ def test_pins_taken_away_are_made_again(node: Node) -> None:
             for sandbox, pod in ((web, web_pod), (api, api_pod)):
                 assert (await node.cni("ADD", sandbox, pod))[0] == 0
                 await node.enrolled(pod)
-            tool("rm", "-r", str(node.bpf_dir / "v1" / web_pod.uid))
+            tool("rm", "-r", str(node.bpf_dir / "v2" / web_pod.uid))
             await eventually("repair", lambda: agent.metrics.value("sidestep_capture_repairs_total") >= 1)
             await node.enrolled(web_pod, Capture.STRICT)
             client = await Client.open(web, api.v4, PORT)

@@ -41,7 +41,7 @@ _MISSING = {
     _lib.CAPTURE_NO_ACCEPT_LOCAL: "accept_local of lo",
 }
 _ALL_SLOTS = (1 << _lib.SLOT_COUNT) - 1
-_LAYOUT = "v1"  # CAPTURE_LAYOUT of bpf/loader.h
+_LAYOUT = "v2"  # CAPTURE_LAYOUT of bpf/loader.h
 _NODE = "node"  # the kubelet exemption's pins, beside the pods'
 _NOTES = {_lib.KUBELET_NOTED: "noted", _lib.KUBELET_REFUSED: "refused_port", _lib.KUBELET_FULL: "full"}
 
