@@ -706,6 +706,8 @@ int capture_sweep(const char *pins, int netns, char *error)
         struct survey s = {0};
         int back, result = old_entries(pins, "pending", KUBELET_NOTE_NS, false);
         libbpf_set_print(silent);
+        if (result == -ENOENT)
+                return 0;
         if (result > 0 && netns >= 0) {
                 if ((result = enter(netns, &back)) < 0)
                         return fail(error, result, "enter the network namespace");

@@ -356,6 +356,7 @@ static int pod_remove(struct tunnel *t, struct pod *p)
 {
         int result = loop_all(t, mail_pod_gone, p);
         vouch_pod_gone(t->vouch, p);
+        vouch_idle(t->vouch);
         link_remove(&p->link);
         if (result == 0)
                 pod_unref(p);

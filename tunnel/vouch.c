@@ -319,7 +319,8 @@ static void shut(struct vouch *v, struct allowance *a)
         a->closed_ms = clock_ms();
 }
 
-static void allowance_free(struct vouch *v, struct allowance *a)
+/* slot: it may be given to another pair. */
+static void allowance_free(struct vouch *v, struct allowance *a, bool slot)
 {
         for (struct allowance **at = bucket(v, &a->src, &a->dst); *at; at = &(*at)->next)
                 if (*at == a) {
@@ -327,7 +328,8 @@ static void allowance_free(struct vouch *v, struct allowance *a)
                         break;
                 }
         v->by_slot[a->slot] = NULL;
-        v->slots[a->slot].taken = 0;
+        if (slot)
+                v->slots[a->slot].taken = 0;
         for (int i = 0; i < 2; i++)
                 if (a->set[i])
                         event_drop(a->set[i]);
@@ -468,7 +470,7 @@ void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pai
         told_all(v, a);
         if (!verdict_write(m->verdicts, a, until_ns)) {
                 event_count(w->ev, EV_VOUCH_FULL, 1);
-                allowance_free(v, a);
+                allowance_free(v, a, true);
                 goto out;
         }
         a->open = true;
@@ -613,7 +615,7 @@ static void tick(struct vouch *v)
                         shut(v, a);
                 if (!a->open && !a->live[0] && !a->live[1] && now - a->closed_ms > NOTE_MS) {
                         generation_next(v, i);
-                        allowance_free(v, a);
+                        allowance_free(v, a, true);
                 }
         }
         if (all && v->strays && now - v->since_ms > STRAY_MS)
@@ -796,9 +798,13 @@ void vouch_review(struct vouch *v)
                         tell_cut(v, a, f, verdict.policy, rbac_text(&verdict, reason, sizeof(reason)));
                 }
                 pthread_mutex_unlock(&v->lock);
-                for (size_t i = 0; i < s.n; i++)
-                        if (s.at[i].flow.slot < VOUCH_MAX_SLOTS && gone[s.at[i].flow.slot])
-                                destroy(s.at[i].pod, &s.at[i].flow);
+                /* First those that accepted: they hear ECONNABORTED, the others, by the reset that comes from there,
+                 * ECONNRESET, which is what clients know; what no reset has reached then is destroyed too. */
+                for (int opened = 0; opened < 2; opened++)
+                        for (size_t i = 0; i < s.n; i++)
+                                if (s.at[i].flow.slot < VOUCH_MAX_SLOTS && gone[s.at[i].flow.slot] &&
+                                    (int)s.at[i].flow.opened == opened)
+                                        destroy(s.at[i].pod, &s.at[i].flow);
                 forget(&s, seen);
                 pthread_mutex_unlock(&v->look);
         }
@@ -816,6 +822,16 @@ void vouch_enable(struct vouch *v, bool on)
                 if (v->by_slot[i])
                         shut(v, v->by_slot[i]);
         pthread_mutex_unlock(&v->lock);
+}
+
+static void node_drop(struct vouch *v)
+{
+        if (!v->slots)
+                return;
+        munmap(v->slots, VOUCH_MAX_SLOTS * sizeof(struct vouch_slot));
+        close(v->slots_fd);
+        close(v->program);
+        v->slots = NULL;
 }
 
 /* The node's maps, when they are others than before: the last pod was gone meanwhile. */
@@ -839,13 +855,9 @@ static int node_take(struct vouch *v, int slots, int program)
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++)
                 if (v->by_slot[i]) {
                         shut(v, v->by_slot[i]);
-                        allowance_free(v, v->by_slot[i]);
+                        allowance_free(v, v->by_slot[i], false);
                 }
-        if (v->slots) {
-                munmap(v->slots, VOUCH_MAX_SLOTS * sizeof(struct vouch_slot));
-                close(v->slots_fd);
-                close(v->program);
-        }
+        node_drop(v);
         v->slots = at;
         v->slots_fd = fds[0];
         v->program = fds[1];
@@ -980,6 +992,19 @@ void vouch_pod_gone(struct vouch *v, struct pod *p)
         pthread_mutex_unlock(&v->lock);
 }
 
+void vouch_idle(struct vouch *v)
+{
+        pthread_mutex_lock(&v->look);
+        pthread_mutex_lock(&v->lock);
+        for (uint32_t i = 0; i < VOUCH_MAX_SLOTS && !v->members; i++)
+                if (v->by_slot[i])
+                        allowance_free(v, v->by_slot[i], false);
+        if (!v->members)
+                node_drop(v);
+        pthread_mutex_unlock(&v->lock);
+        pthread_mutex_unlock(&v->look);
+}
+
 void vouch_identity_gone(struct vouch *v, const char *uri)
 {
         pthread_mutex_lock(&v->lock);
@@ -1034,12 +1059,8 @@ void vouch_free(struct vouch *v)
                 vouch_pod_gone(v, v->members->pod);
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++)
                 if (v->by_slot[i])
-                        allowance_free(v, v->by_slot[i]);
-        if (v->slots) {
-                munmap(v->slots, VOUCH_MAX_SLOTS * sizeof(struct vouch_slot));
-                close(v->slots_fd);
-                close(v->program);
-        }
+                        allowance_free(v, v->by_slot[i], false);
+        node_drop(v);
         pthread_mutex_destroy(&v->look);
         pthread_mutex_destroy(&v->lock);
         pthread_cond_destroy(&v->end);

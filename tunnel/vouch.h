@@ -24,6 +24,8 @@ int vouch_pod(struct vouch *v, struct pod *p, const int fds[4]);
 /* No new flow from or to this pod. */
 void vouch_pod_draining(struct vouch *v, struct pod *p);
 void vouch_pod_gone(struct vouch *v, struct pod *p);
+/* Lets the node's maps go when no pod is left. */
+void vouch_idle(struct vouch *v);
 void vouch_identity_gone(struct vouch *v, const char *uri);
 /* The newest state of the mesh is in force with every worker: what it denies is cut before this returns, what it
  * leaves open is decided anew for the next connection. */

@@ -196,3 +196,8 @@ class Map:
         """Sets a value."""
         k, v = ctypes.create_string_buffer(key), ctypes.create_string_buffer(value)
         self._call(2, struct.pack("IIQQQ", self.fd, 0, ctypes.addressof(k), ctypes.addressof(v), 0))
+
+    def delete(self, key: bytes) -> None:
+        """Takes an entry out."""
+        k = ctypes.create_string_buffer(key)
+        self._call(3, struct.pack("IIQQQ", self.fd, 0, ctypes.addressof(k), 0, 0))

@@ -423,6 +423,8 @@ class Agent:
             resident.engine, resident.listeners = Serving.ABSENT, False
             if has is None or (resident.netns is not None and has.netns_cookie != resident.netns.cookie):
                 continue
+            if self.names.native and hello.same_node != "native" and has.mode == "serving":
+                continue  # It was added without what native flows need: once more, which changes nothing else.
             resident.engine = Serving.DRAINING if has.mode == "draining" else Serving.SERVING
             resident.ports = has.ports
             if resident.capture is not Capture.ABSENT:
@@ -544,7 +546,23 @@ class Agent:
                     resident.listeners = False
                     resident.wake.set()
             await self.probes.keep()
+            if self.names.native:
+                await self._sweep()
             self._gauges()
+
+    async def _sweep(self) -> None:
+        """What vouched flows leave behind that nobody came for."""
+        for resident in list(self.residents.values()):
+            if resident.capture in _UNATTACHED:
+                continue
+            try:
+                await self.captures.sweep(resident.uid, resident.netns)
+            except CaptureError as err:
+                log.event("sweep_failed", pod=resident.key, error=err)
+        try:
+            await self.captures.sweep_notes()
+        except CaptureError as err:
+            log.event("sweep_failed", error=err)
 
     def _probed(self) -> tuple[Ports, bool]:
         """Ports of captured pods that the kubelet may ask; port 0 stands for the pod. All of them, or is the API's list

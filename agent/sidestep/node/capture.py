@@ -194,15 +194,29 @@ class Captures:
         return await self._call(work)
 
     @asynccontextmanager
-    async def maps(self, uid: str) -> AsyncIterator[tuple[int, int]]:
-        """File descriptors of `listeners` and `engine_sk`, closed at the end."""
-        listeners, engine_sk = _ffi.new("int *"), _ffi.new("int *")
+    async def maps(self, uid: str, native: bool = False) -> AsyncIterator[tuple[int, ...]]:
+        """File descriptors of `listeners` and `engine_sk`, closed at the end; `native`: and of what the engine needs to
+        vouch for flows.
+        """
+        listeners, engine_sk, vouch = _ffi.new("int *"), _ffi.new("int *"), _ffi.new("int[4]")
         await self._call(lambda: _check(lambda error: _lib.capture_maps(self._pins(uid), listeners, engine_sk, error)))
+        fds = [int(listeners[0]), int(engine_sk[0])]
         try:
-            yield int(listeners[0]), int(engine_sk[0])
+            if native:
+                await self._call(lambda: _check(lambda error: _lib.capture_vouch(self._pins(uid), vouch, error)))
+                fds += list(vouch)
+            yield tuple(fds)
         finally:
-            os.close(listeners[0])
-            os.close(engine_sk[0])
+            for fd in fds:
+                os.close(fd)
+
+    async def sweep(self, uid: str, netns: Netns | None) -> None:
+        """Forgets SYNs of vouched flows that need not be remembered any more."""
+        await self._inside(netns, _lib.capture_sweep, uid, None)
+
+    async def sweep_notes(self) -> None:
+        """Takes out what nobody took; also where there are no pods."""
+        await self._call(lambda: _check(lambda error: _lib.capture_sweep_notes(self._node(), error)))
 
     def _node(self) -> bytes:
         return str(self._directory / _NODE).encode()

@@ -55,7 +55,13 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
     async with KubeClient.from_config(config.kubeconfig) as client:
         api = ClusterApi(client, config.system_namespace)
         captures = Captures(config.bpf_dir)
-        names = Names(config.trust_domain, config.cluster_id, int(config.drain_quiet_s * 1000), config.pod_netns_dir)
+        names = Names(
+            trust_domain=config.trust_domain,
+            cluster_id=config.cluster_id,
+            drain_quiet_ms=int(config.drain_quiet_s * 1000),
+            netns_dir=config.pod_netns_dir,
+            native=config.same_node == "native",
+        )
         channels = Channels(config, api)
         files = statefile.FileAuthority() if config.state_file is not None else None
         authority: Authority = files or ca.Authority(channels.get, config.token_file, config.cluster_id)
