@@ -11,6 +11,7 @@
 #include "maps.h"
 
 #define AF_INET 2
+#define TCP_CLOSE 7
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
@@ -26,6 +27,7 @@ struct sock_common {
         __be16 skc_dport;
         __u16 skc_num;
         unsigned short skc_family;
+        volatile unsigned char skc_state;
         struct in6_addr skc_v6_daddr, skc_v6_rcv_saddr;
 };
 struct sock {
@@ -62,7 +64,8 @@ int flows(struct bpf_iter__bpf_sk_storage_map *ctx)
         struct sock *sk = ctx->sk;
         struct capture_fated *fated = ctx->value;
         struct vouch_flow flow = {};
-        if (!sk || !fated || fated->fate != FATE_VOUCHED)
+        /* One that has ended keeps its storage as long as the application keeps its descriptor. */
+        if (!sk || !fated || fated->fate != FATE_VOUCHED || sk->__sk_common.skc_state == TCP_CLOSE)
                 return 0;
         if (sk->__sk_common.skc_family == AF_INET) {
                 mapped(flow.local, sk->__sk_common.skc_rcv_saddr);
