@@ -59,8 +59,9 @@ struct allowance {
         bool open, counted; /* counted: opened_before is of this look */
         struct addr src;
         struct endpoint dst;
-        struct pod *source, *target;                           /* NULL: not here (any more) */
-        char *src_uid, *dst_uid, *src_identity, *dst_identity; /* uids of workloads; "": not known */
+        struct pod *source, *target; /* NULL: not here (any more) */
+        /* Of what may be gone; uids of workloads. "": not known. */
+        char *src_uid, *dst_uid, *src_identity, *dst_identity, *src_name, *src_namespace;
         uint64_t src_record, dst_record;
         uint64_t closed_ms, used_ms, until_s;
         struct event_set *set[2];
@@ -331,14 +332,19 @@ static void allowance_free(struct vouch *v, struct allowance *a, bool slot)
         if (slot)
                 v->slots[a->slot].taken = 0;
         for (int i = 0; i < 2; i++)
-                if (a->set[i])
+                if (a->set[i]) {
+                        /* what leaves the mesh with a flow open is not seen any more: for the counters it has ended */
+                        event_add(a->set[i], 0, a->told_opened - a->told_closed, 0, 0, clock_ms());
                         event_drop(a->set[i]);
+                }
         pod_unref(a->source);
         pod_unref(a->target);
         free(a->src_uid);
         free(a->dst_uid);
         free(a->src_identity);
         free(a->dst_identity);
+        free(a->src_name);
+        free(a->src_namespace);
         free(a);
         atomic_fetch_sub(&v->count, 1);
 }
@@ -358,7 +364,9 @@ static struct allowance *allowance_new(struct vouch *v, uint32_t slot, const str
         a->dst_uid = strdup("");
         a->src_identity = strdup("");
         a->dst_identity = strdup("");
-        if (!a->src_uid || !a->dst_uid || !a->src_identity || !a->dst_identity)
+        a->src_name = strdup("");
+        a->src_namespace = strdup("");
+        if (!a->src_uid || !a->dst_uid || !a->src_identity || !a->dst_identity || !a->src_name || !a->src_namespace)
                 abort(); /* one byte each */
         a->next = *at;
         *at = a;
@@ -381,6 +389,8 @@ static void bind_source(struct allowance *a, struct pod *p)
         a->source = pod_ref(p);
         text_set(&a->src_uid, p->workload);
         text_set(&a->src_identity, p->identity);
+        text_set(&a->src_name, p->name);
+        text_set(&a->src_namespace, p->namespace_);
 }
 
 static void bind_target(struct allowance *a, struct pod *p)
@@ -578,9 +588,8 @@ static void fold(struct vouch *v, struct allowance *a)
                           "connections complete=%llu open=%llu src.addr=%s src.workload=\"%s\" src.namespace=\"%s\" "
                           "dst.addr=%s direction=native bytes_sent=%llu bytes_recv=%llu src.identity=\"%s\" "
                           "dst.identity=\"%s\"",
-                          (unsigned long long)ended, (unsigned long long)live, addr_format(&a->src, src),
-                          a->source ? a->source->name : "", a->source ? a->source->namespace_ : "",
-                          endpoint_format(&a->dst, dst), (unsigned long long)(sent - a->told_sent),
+                          (unsigned long long)ended, (unsigned long long)live, addr_format(&a->src, src), a->src_name,
+                          a->src_namespace, endpoint_format(&a->dst, dst), (unsigned long long)(sent - a->told_sent),
                           (unsigned long long)(received - a->told_received), a->src_identity, a->dst_identity);
         }
         a->told_opened = opened;
@@ -734,9 +743,9 @@ static void tell_cut(struct vouch *v, const struct allowance *a, const struct vo
                   "connection complete src.addr=%s src.workload=\"%s\" src.namespace=\"%s\" dst.addr=%s "
                   "direction=native bytes_sent=%llu duration=\"%llums\" src.identity=\"%s\" dst.identity=\"%s\" "
                   "policy=\"%s\" error=\"connection closed due to policy change\"",
-                  endpoint_format(&from, src), a->source ? a->source->name : "", a->source ? a->source->namespace_ : "",
-                  endpoint_format(&a->dst, dst), (unsigned long long)flow->bytes,
-                  (unsigned long long)(clock_ms() - flow->since / 1000000), a->src_identity, a->dst_identity, policy);
+                  endpoint_format(&from, src), a->src_name, a->src_namespace, endpoint_format(&a->dst, dst),
+                  (unsigned long long)flow->bytes, (unsigned long long)(clock_ms() - flow->since / 1000000),
+                  a->src_identity, a->dst_identity, policy);
 }
 
 /* Label sets of what was taken over, once there are records. */
@@ -964,9 +973,8 @@ void vouch_pod_draining(struct vouch *v, struct pod *p)
 
 void vouch_pod_gone(struct vouch *v, struct pod *p)
 {
-        if (!p)
-                return;
         vouch_pod_draining(v, p);
+        tick(v); /* while its ends can be seen */
         pthread_mutex_lock(&v->lock);
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS && atomic_load(&v->count); i++) {
                 struct allowance *a = v->by_slot[i];

@@ -25,6 +25,8 @@ from tests.harness.pki import Authority, Leaf, spiffe
 from tests.harness.stand_in import Capture
 
 _SERIAL = itertools.count()
+# The same tests run with connections between two pods of a node accelerated, or not.
+SAME_NODE = os.environ.get("SIDESTEP_TEST_SAME_NODE", "direct")
 CLUSTER_CIDRS = ["10.0.0.0/8", "fd00::/8"]
 
 
@@ -69,7 +71,7 @@ class Nodes:
         pods: list[str] | dict[str, int],
         *,
         workers: int = 1,
-        same_node: str = "direct",
+        same_node: str = SAME_NODE,
         engines: tuple[bool, bool] = (True, True),
         accounts: dict[str, str] | None = None,
     ) -> None:

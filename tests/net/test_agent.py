@@ -28,6 +28,7 @@ from sidestep.node.pods import Pod, spiffe, workload_name
 from sidestep.node.reconcile import Capture
 from sidestep.node.resident import Names, Resident
 from sidestep.node.statefile import FileAuthority, FileFeed
+from tests.harness.cluster import SAME_NODE
 from tests.harness.kubelet import Kubelet
 from tests.harness.netns import run as tool
 from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo, eventually, ip
@@ -49,6 +50,8 @@ class Node:
         self.state_file = folder / "state.yaml"
         self.bpf_dir = Path(f"/sys/fs/bpf/t-agent-{os.getpid()}")
         self.drain_quiet_ms = 0
+        self.same_node = SAME_NODE
+        self.pods: dict[str, tuple[Sandbox, Pod]] = {}
         self.kubelet_cgroup: Path | None = None
         self.engine: subprocess.Popen[bytes] | None = None
         self.feed: FileFeed | None = None
@@ -89,11 +92,17 @@ class Node:
                     "trust_domain": "cluster.local",
                     "node": NODE,
                     "cluster_cidrs": [],
-                    "same_node": "direct",
+                    "same_node": self.same_node,
                     "unknown": "hold",
                 },
             ),
-            names=Names("cluster.local", "Kubernetes", self.drain_quiet_ms, self.folder / "netns"),
+            names=Names(
+                "cluster.local",
+                "Kubernetes",
+                self.drain_quiet_ms,
+                self.folder / "netns",
+                self.same_node == "native",
+            ),
             captures=captures,
             engine_path=self.folder / "engine" / "engine.sock",
             api=self.cluster,

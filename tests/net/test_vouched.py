@@ -1,10 +1,12 @@
-"""Vouched flows: two pods of one node whose connections the kernel passes natively, once the engine has allowed the pair.
+"""Vouched flows: the kernel passes connections between two pods of one node natively, once the engine has allowed the
+pair.
 
 The engine, the programs and the sockets are real. Every case that must not be native begins with a connection of the
 same pair that is; every case that must be native says by counters of the programs that it was.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -21,7 +23,6 @@ import pytest
 
 from sidestep._bpf import lib
 from sidestep.wire import batch, channel
-from sidestep.wire.pb import workload_pb2 as pb
 from tests.harness.cluster import Nodes, Pod
 from tests.harness.engine import CallError
 from tests.harness.kubelet import Map, packed
@@ -33,7 +34,6 @@ from tests.net.test_engine_policy import is_reset, only, policy, refused, talk
 from tests.tunnel import policy_model as model
 
 PORT = 8080
-CLOCK = time.CLOCK_MONOTONIC
 SYN, NOTE = 36, 24  # sizes of struct capture_tuple, struct capture_probe
 
 
@@ -186,9 +186,7 @@ class World:
         return port, struct.unpack("IIQII", self.notes()[self.key(port)])[0]
 
     def client_socket(self) -> socket.socket:
-        made = inside(
-            self.client.path, lambda: socket.socket(socket.AF_INET6 if self.family == 6 else socket.AF_INET)
-        )
+        made = inside(self.client.path, lambda: socket.socket(socket.AF_INET6 if self.family == 6 else socket.AF_INET))
         made.setblocking(False)
         return made
 
@@ -292,8 +290,8 @@ def test_after_the_first_the_kernel_does_it_alone(world: World, application: soc
     assert engine is not None
     eventually("the line", lambda: "direction=native" in engine.log.read_text())
     lines = [line for line in engine.log.read_text().splitlines() if "direction=native" in line]
-    assert sum(int(found[1]) for line in lines if (found := re.search(r"complete=(\d+)", line))) == 4
-    assert sum(int(found[1]) for line in lines if (found := re.search(r"bytes_sent=(\d+)", line))) == sent
+    for field, total in (("complete", 4), ("bytes_sent", sent), ("bytes_recv", received)):
+        assert sum(int(re.findall(rf" {field}=(\d+) ", line)[0]) for line in lines) == total
 
 
 def pump(one: socket.socket, other: socket.socket, size: int) -> int:
@@ -578,8 +576,6 @@ def test_a_socket_that_was_native_is_captured_for_another_port(
 
 
 def _connect(made: socket.socket, address: bytes) -> int:
-    import ctypes
-
     return int(ctypes.CDLL(None).connect(made.fileno(), address, len(address)))
 
 
@@ -628,7 +624,7 @@ def test_without_room_for_an_allowance_it_is_the_engines(world: World, applicati
 
 
 def test_a_lost_note_is_recognised(world: World, application: socket.socket) -> None:
-    """The source went its native way and the destination knows of nothing: a reset, not a connection without identity."""
+    """The source went its native way and the destination knows of nothing: a reset, not one without identity."""
     world.allow(application)
     inbound = world.counter(world.near, "to_inbound")
     with world.dropping(world.client, "meta l4proto tcp"):
@@ -668,8 +664,10 @@ def test_a_deny_ends_what_is_open_and_refuses_what_comes(
     world.set(policy("late", only(destinationPorts=[PORT])))
     answered = time.monotonic()
     is_cut(*cut)
-    print(f"answered after {(answered - started) * 1000:.1f} ms, both ends reset after "
-          f"{(time.monotonic() - started) * 1000:.1f} ms")
+    print(
+        f"answered after {(answered - started) * 1000:.1f} ms, both ends reset after "
+        f"{(time.monotonic() - started) * 1000:.1f} ms"
+    )
     assert [each["dst"].rsplit(":", 1)[1] for each in world.flows()] == [str(PORT + 1)]
     talk(*kept)
     assert refused(world.client.path, world.address)
@@ -742,7 +740,7 @@ def test_an_address_that_becomes_anothers(world: World, application: socket.sock
     world.allow(application)
     ends = world.native(application)
     moved = world.nodes.record(world.third)
-    moved.workload.addresses.append(packed(world.address)[-4 if world.family == 4 else -16:])
+    moved.workload.addresses.append(packed(world.address)[-4 if world.family == 4 else -16 :])
     gone = batch.Record(batch.Op.ADDRESS_DEL, world.near.workload)
     other = batch.Record(batch.Op.ADDRESS_SET, world.third.workload, "9", moved.SerializeToString())
     assert world.engine().apply([gone, other])["rejected"] == []
@@ -878,4 +876,3 @@ def test_a_pod_leaves(world: World, application: socket.socket) -> None:
     closed(*ends)
     with pytest.raises(CallError):
         world.engine().call(channel.POD_STATS, {"uid": world.client.uid})
-    assert pb is not None

@@ -67,8 +67,8 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What the engine holds. `identities`: URI -> (not_after, serial); `versions`: (kind, name) -> version; `same_node`:
-    of its settings, "" for none.
+    """What the engine holds. `identities`: URI -> (not_after, serial); `versions`: (kind, name) -> version; of its
+    settings `same_node`, "" for none.
     """
 
     generation: str
