@@ -31,8 +31,9 @@
  * node, it writes an allowance into the source's `verdicts`: a slot of the node's `slots`, and its generation. Each SYN
  * asks anew (`vouch`): is the allowance there, its generation the slot's, the engine alive? Then it passes natively and
  * leaves a note in the node's `vouched`, like the kubelet's; the destination takes it the same way, into `pending`, and
- * the accepted socket's fate remembers slot and generation. Withdrawing is one store by the engine: the next packet of
- * either end is turned around, which resets that end. Whatever is full, late or unknown ends at the engine, or is a SYN
+ * the accepted socket's fate remembers slot and generation. Withdrawing is one store by the engine, which
+ * destroys both sockets; a packet that leaves all the same is dropped, after a second turned around, which resets its
+ * sender. Whatever is full, late or unknown ends at the engine, or is a SYN
  * that is dropped and comes again. Bytes are counted at the end that sends them, by sequence number, so that what is
  * sent twice counts once.
  *
@@ -471,6 +472,11 @@ static __always_inline int vouched_leaves(struct __sk_buff *skb, struct packet *
         if (!s) {
                 if (p->rst && !p->payload)
                         return pass(COUNT_VOUCHED); /* the other end is to hear of it */
+                /* Turned around it resets this end, and nobody tells the other one; so the engine, which destroys both,
+                 * goes first. */
+                s = bpf_map_lookup_elem(&slots, &fated->slot);
+                if (s && bpf_ktime_get_ns() - s->cut < VOUCH_CUT_NS)
+                        return drop(COUNT_VOUCH_CUT);
                 count(COUNT_VOUCH_CUT);
                 return turn(skb);
         }

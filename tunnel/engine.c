@@ -378,6 +378,8 @@ int tunnel_pod_add(struct tunnel *t, const struct tunnel_pod *d, int netns, int 
                 *ports = p->ports;
                 return 0;
         }
+        if (p)
+                vouch_pod_cut(t->vouch, p);
         if (p && (result = pod_remove(t, p)) < 0)
                 return result;
         if ((result = pod_new(&p, d, netns, listeners, engine_sk)) < 0)

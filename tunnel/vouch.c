@@ -9,9 +9,9 @@
  *
  *   open    the entry is there: SYNs pass natively
  *   closed  the entry was taken out: new connections meet the engine again, open flows go on and are still judged
- *   cut     closed, and the generation is another: the programs turn the next packet round, which resets its sender; so
- *           that nobody has to wait for one, both sockets are destroyed (sock_diag, told by their cookies, because a
- *           look-up by tuple alone may find a listener of ours)
+ *   cut     closed, and the generation is another: the programs let nothing out any more, and both sockets are
+ *           destroyed (sock_diag, told by their cookies, because a look-up by tuple alone may find a listener of
+ *           ours). What is left after a second, the programs turn round, which resets it
  *
  * and is forgotten, its slot free, when it is not open, no socket carries it, and no note can be under way.
  *
@@ -47,6 +47,8 @@
 
 #define BUCKETS 4096
 #define TICK_S 1
+#define RESET_ROUNDS 5 /* how often, and after what time, it is looked whether resets have arrived */
+#define RESET_US 2000
 #define NOTE_MS 3000         /* longer than a note lives */
 #define LATE_MS 10000        /* how long a SYN may be under way after its allowance was closed */
 #define STRAY_MS (60 * 1000) /* by then an agent has given us every pod that there is */
@@ -764,17 +766,73 @@ static void hold_sets(struct vouch *v, const struct mesh_view *view, struct allo
         }
 }
 
+/* Destroys the ends of flows that were cut: those that opened them, or the others. */
+static void end_all(const struct sights *s, const bool *gone, bool opened)
+{
+        for (size_t i = 0; i < s->n; i++)
+                if (s->at[i].flow.slot < VOUCH_MAX_SLOTS && gone[s->at[i].flow.slot] &&
+                    (s->at[i].flow.opened != 0) == opened)
+                        destroy(s->at[i].pod, &s->at[i].flow);
+}
+
+/* Makes every flow of the slot worthless. With the lock held. */
+static bool cut(struct vouch *v, struct allowance *a)
+{
+        if (a->generation != generation_of(v, a->slot))
+                return false;
+        __atomic_store_n(&v->slots[a->slot].cut, clock_ms() * 1000000, __ATOMIC_SEQ_CST);
+        generation_next(v, a->slot);
+        return true;
+}
+
+/* Ends the flows of slots that were cut. view: policy did it, and is told of each. */
+static void finish(struct vouch *v, const bool *gone, const struct mesh_view *view)
+{
+        struct sights s;
+        struct member *seen;
+        bool left = false;
+        pthread_mutex_lock(&v->look);
+        look(v, &s, &seen);
+        pthread_mutex_lock(&v->lock);
+        for (size_t i = 0; i < s.n; i++) {
+                const struct vouch_flow *f = &s.at[i].flow;
+                struct allowance *a = f->slot < VOUCH_MAX_SLOTS ? v->by_slot[f->slot] : NULL;
+                struct rbac_verdict verdict;
+                char reason[320];
+                if (!a || !gone[f->slot])
+                        continue;
+                left |= !f->opened;
+                if (!f->opened || !view)
+                        continue;
+                judge(view, a, &verdict);
+                tell_cut(v, a, f, verdict.policy, rbac_text(&verdict, reason, sizeof(reason)));
+        }
+        pthread_mutex_unlock(&v->lock);
+        end_all(&s, gone, false);
+        /* They hear ECONNABORTED; the others, by the reset that comes from there, ECONNRESET, which is what clients
+         * know. An accepted socket that has not sent a packet is not seen: its client then is destroyed, and the reset
+         * goes the other way. */
+        for (int i = 0; i < RESET_ROUNDS && left; i++) {
+                usleep(RESET_US);
+                forget(&s, seen);
+                look(v, &s, &seen);
+                left = false;
+                for (size_t k = 0; k < s.n; k++)
+                        left |= s.at[k].flow.slot < VOUCH_MAX_SLOTS && gone[s.at[k].flow.slot];
+        }
+        end_all(&s, gone, true);
+        forget(&s, seen);
+        pthread_mutex_unlock(&v->look);
+}
+
 void vouch_review(struct vouch *v)
 {
         const struct mesh_view *view = mesh_newest(v->engine->mesh);
-        struct sights s;
-        struct member *seen;
-        bool cut = false;
+        bool some = false, *gone;
         if (!atomic_load(&v->count))
                 return;
-        bool *gone = calloc(VOUCH_MAX_SLOTS, sizeof(*gone));
-        if (!gone)
-                abort();
+        if (!(gone = calloc(VOUCH_MAX_SLOTS, sizeof(*gone))))
+                abort(); /* what is denied must end */
         pthread_mutex_lock(&v->lock);
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
                 struct allowance *a = v->by_slot[i];
@@ -786,37 +844,34 @@ void vouch_review(struct vouch *v)
                 enum judgement now = judge(view, a, &verdict);
                 if (now != STAYS)
                         shut(v, a);
-                if (now == CUTS && a->generation == generation_of(v, i)) {
-                        generation_next(v, i);
-                        gone[i] = cut = true;
-                }
+                if (now == CUTS && cut(v, a))
+                        gone[i] = some = true;
         }
         pthread_mutex_unlock(&v->lock);
-        if (cut) {
-                pthread_mutex_lock(&v->look);
-                look(v, &s, &seen);
-                pthread_mutex_lock(&v->lock);
-                for (size_t i = 0; i < s.n; i++) {
-                        const struct vouch_flow *f = &s.at[i].flow;
-                        struct allowance *a = f->slot < VOUCH_MAX_SLOTS ? v->by_slot[f->slot] : NULL;
-                        struct rbac_verdict verdict;
-                        char reason[320];
-                        if (!a || !f->opened || !gone[f->slot])
-                                continue;
-                        judge(view, a, &verdict);
-                        tell_cut(v, a, f, verdict.policy, rbac_text(&verdict, reason, sizeof(reason)));
-                }
-                pthread_mutex_unlock(&v->lock);
-                /* First those that accepted: they hear ECONNABORTED, the others, by the reset that comes from there,
-                 * ECONNRESET, which is what clients know; what no reset has reached then is destroyed too. */
-                for (int opened = 0; opened < 2; opened++)
-                        for (size_t i = 0; i < s.n; i++)
-                                if (s.at[i].flow.slot < VOUCH_MAX_SLOTS && gone[s.at[i].flow.slot] &&
-                                    (int)s.at[i].flow.opened == opened)
-                                        destroy(s.at[i].pod, &s.at[i].flow);
-                forget(&s, seen);
-                pthread_mutex_unlock(&v->look);
+        if (some)
+                finish(v, gone, view);
+        free(gone);
+}
+
+void vouch_pod_cut(struct vouch *v, struct pod *p)
+{
+        bool some = false, *gone;
+        if (!atomic_load(&v->count))
+                return;
+        if (!(gone = calloc(VOUCH_MAX_SLOTS, sizeof(*gone))))
+                abort();
+        pthread_mutex_lock(&v->lock);
+        for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
+                struct allowance *a = v->by_slot[i];
+                if (!a || (a->source != p && a->target != p))
+                        continue;
+                shut(v, a);
+                if (cut(v, a))
+                        gone[i] = some = true;
         }
+        pthread_mutex_unlock(&v->lock);
+        if (some)
+                finish(v, gone, NULL);
         free(gone);
 }
 

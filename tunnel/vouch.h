@@ -23,6 +23,8 @@ void vouch_enable(struct vouch *v, bool on);
 int vouch_pod(struct vouch *v, struct pod *p, const int fds[4]);
 /* No new flow from or to this pod. */
 void vouch_pod_draining(struct vouch *v, struct pod *p);
+/* It is not who it was: its flows end. */
+void vouch_pod_cut(struct vouch *v, struct pod *p);
 void vouch_pod_gone(struct vouch *v, struct pod *p);
 /* Lets the node's maps go when no pod is left. */
 void vouch_idle(struct vouch *v);

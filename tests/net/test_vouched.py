@@ -172,7 +172,7 @@ class World:
         """As the engine takes an allowance back."""
         with self.map("slots") as slots:
             key = struct.pack("I", slot)
-            value = slots.lookup(key, 32)
+            value = slots.lookup(key, 40)
             (generation,) = struct.unpack_from("I", value)
             slots.update(key, struct.pack("I", generation + 1) + value[4:])
 
@@ -801,6 +801,35 @@ def test_turned_off(world: World, application: socket.socket, setting: str) -> N
         closed(*world.by_engine(application))
     talk(*ends)
     closed(*ends)
+
+
+def test_a_pod_with_another_identity(world: World, application: socket.socket) -> None:
+    """What was opened as the old one ends; the new one is somebody else."""
+    world.allow(application)
+    ends = world.native(application)
+    was, world.client.account = world.client.account, "other"
+    world.nodes.certify(world.client, world.nodes.authority.leaf(world.client.identity))
+    world.nodes.add(world.client)
+    is_cut(*ends)
+    world.client.account = was
+    closed(*ends)
+
+
+def test_the_silent_are_cut_too(world: World, application: socket.socket) -> None:
+    """The accepted socket has sent nothing: only its SYN is remembered. Its client is ended, and a reset reaches it."""
+    world.allow(application)
+    pairs = []
+    for _ in range(50):
+        client = world.connect()
+        pairs.append((client, application.accept()[0]))
+    assert len(world.flows()) == 50
+    world.set(policy("late", only(destinationPorts=[PORT])))
+    for pair in pairs:
+        for end in pair:
+            with pytest.raises(ConnectionError):
+                end.recv(1)
+        closed(*pair)
+    assert world.flows() == []
 
 
 def test_an_identity_that_ends(world: World, application: socket.socket) -> None:
