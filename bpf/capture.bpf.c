@@ -213,9 +213,9 @@ static __always_inline int turn(struct __sk_buff *skb)
 struct packet {
         struct bpf_sock_tuple tuple; /* in the packet's own direction */
         __u32 tuple_size;
-        __u32 seq, ack_seq; /* host order */
-        __u32 payload;      /* bytes */
-        bool syn, ack, rst;
+        __u32 seq, ack_seq;          /* host order */
+        __u32 payload;               /* bytes */
+        bool syn, ack, rst, options; /* options: of IPv4 */
 };
 
 /* Where the TCP header is: > 0; 0: not TCP or none of our business; < 0: -reason to drop. */
@@ -230,6 +230,7 @@ static __always_inline int find_tcp4(struct __sk_buff *skb, struct packet *p)
                 return -COUNT_DROP_FRAGMENT;
         if (ip.ihl < 5)
                 return -COUNT_DROP_SHORT;
+        p->options = ip.ihl > 5;
         p->tuple.ipv4.saddr = ip.saddr;
         p->tuple.ipv4.daddr = ip.daddr;
         p->tuple_size = sizeof(p->tuple.ipv4);
@@ -430,8 +431,9 @@ static __always_inline bool vouch(struct packet *p, struct capture_fated *fated,
 {
         struct capture_tuple t, note = {};
         __u32 outbound = SLOT_OUTBOUND;
-        /* Begun with the engine, ended with it; data in a SYN is nothing that anybody here looks at. */
-        if ((fated && fated->fate == FATE_CAPTURED && fated->isn == p->seq) || p->payload)
+        /* Begun with the engine, ended with it; data in a SYN is nothing that anybody here looks at, and one with
+         * options in_eth would not know again. */
+        if ((fated && fated->fate == FATE_CAPTURED && fated->isn == p->seq) || p->payload || p->options)
                 return false;
         tuple_of(p, &t);
         __u16 port = t.local_port;
@@ -442,7 +444,8 @@ static __always_inline bool vouch(struct packet *p, struct capture_fated *fated,
                 return false;
         what.slot = v->slot;
         what.generation = v->generation;
-        if (!slot_of(what.slot, what.generation))
+        struct vouch_slot *s = slot_of(what.slot, what.generation);
+        if (!s || (s->full && what.when - s->full < VOUCH_FULL_NS))
                 return false;
         struct bpf_sock *engine = bpf_map_lookup_elem(&listeners, &outbound);
         if (!engine)
@@ -701,11 +704,15 @@ int in_eth(struct __sk_buff *skb)
                 before->open = 0; /* steer could not tell the two apart */
         note = bpf_map_lookup_elem(&vouched, &t);
         if (note && note->isn == now.isn) {
-                bool good = now.when - note->when < KUBELET_NOTE_NS && slot_of(note->slot, note->generation);
+                struct vouch_slot *s = slot_of(note->slot, note->generation);
+                bool good = s && now.when - note->when < KUBELET_NOTE_NS;
                 now.slot = note->slot;
                 now.generation = note->generation;
                 /* First the one, then the other: between them it must not be nobody's. */
-                good = good && bpf_map_update_elem(&pending, &t, &now, BPF_ANY) == 0;
+                if (good && bpf_map_update_elem(&pending, &t, &now, BPF_ANY)) {
+                        s->full = now.when; /* the SYN comes again, and then is the engine's */
+                        good = false;
+                }
                 bpf_map_delete_elem(&vouched, &t);
                 return good ? TC_ACT_UNSPEC : drop(COUNT_IN_LATE);
         }

@@ -24,6 +24,7 @@
 #define VOUCH_MAX_VERDICTS 2048          /* of a pod */
 #define VOUCH_MAX_PENDING 8192           /* of a pod */
 #define VOUCH_CUT_NS 1000000000ULL       /* how long the engine has to destroy the sockets of flows that it ends */
+#define VOUCH_FULL_NS 5000000000ULL      /* how long the engine has the pair after that */
 #define VOUCH_STALE_NS 5000000000ULL     /* a note's, until it is swept; worthless long before */
 #define VOUCH_PENDING_NS 120000000000ULL /* that of a SYN that became no socket: longer than any handshake */
 #define KUBELET_REPLY_NS 30000000000ULL  /* until when the application's socket must have sent its first packet */
@@ -107,7 +108,8 @@ struct vouch_slot {
         __u32 generation;             /* flows and notes of another one are worth nothing; 0: never given */
         __u32 taken;                  /* an engine, this or an earlier one, has it: not to be given to another pair */
         __u64 opened, sent, received; /* connections; bytes of the end that opened, of the other */
-        __u64 cut;                    /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
+        __u64 full; /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
+        __u64 cut;  /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
 };
 
 /* Value of a pod's `verdicts`, which only the engine writes; key: struct capture_tuple with local_port 0. */
