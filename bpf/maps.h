@@ -21,8 +21,8 @@
                        */
 #define VOUCH_MAX_NOTES 4096
 #define VOUCH_MAX_SLOTS 8192
-#define VOUCH_MAX_VERDICTS 2048          /* of a pod */
-#define VOUCH_MAX_PENDING 8192           /* of a pod */
+#define VOUCH_MAX_VERDICTS 1024          /* of a pod */
+#define VOUCH_MAX_PENDING 2048           /* of a pod */
 #define VOUCH_CUT_NS 1000000000ULL       /* how long the engine has to destroy the sockets of flows that it ends */
 #define VOUCH_FULL_NS 5000000000ULL      /* how long the engine has the pair after that */
 #define VOUCH_STALE_NS 5000000000ULL     /* a note's, until it is swept; worthless long before */

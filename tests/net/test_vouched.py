@@ -598,7 +598,7 @@ def test_without_room_at_the_door_it_is_the_engines(world: World, application: s
     world.allow(application)
     late, captured = world.late(), world.counter(world.client, "to_outbound")
     with world.map("pending", world.near) as found:
-        for n in range(8192):
+        for n in range(2048):
             found.update(struct.pack("32xHH", 1, n), struct.pack("IIQII", 0, 0, 1, 0, 0))
     client = world.connect()
     served, _ = application.accept()
@@ -639,7 +639,7 @@ def test_ip_options_are_the_engines(world: World, application: socket.socket) ->
 
 def test_without_room_for_an_allowance_it_is_the_engines(world: World, application: socket.socket) -> None:
     with world.map("verdicts", world.client) as verdicts:
-        for n in range(2048):
+        for n in range(1024):
             verdicts.update(struct.pack("32xHH", 1, n), bytes(16))
     for _ in range(3):
         closed(*world.by_engine(application))
