@@ -115,21 +115,23 @@ class Node:
         feed = FileFeed(self.state_file, authority, agent)
         agent.engine_versions = feed.engine_holds
         self.feed = feed
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(agent.run()),
-                group.create_task(feed.run()),
-                group.create_task(serve(self.folder / "run" / "cni.sock", agent)),
-            ]
-            self._agent = agent
-            await agent.restored.wait()
-            self.cluster.watch(agent)
-            try:
-                yield agent
-            finally:
-                for task in tasks:
-                    task.cancel()
-                captures.close()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(agent.run()),
+                    group.create_task(feed.run()),
+                    group.create_task(serve(self.folder / "run" / "cni.sock", agent)),
+                ]
+                self._agent = agent
+                await agent.restored.wait()
+                self.cluster.watch(agent)
+                try:
+                    yield agent
+                finally:
+                    for task in tasks:
+                        task.cancel()
+        finally:
+            captures.close()  # what it was doing has ended by now
 
     def pod(
         self, name: str, namespace: str = "shop", running: bool = True, probed: tuple[int, ...] = ()
