@@ -49,8 +49,9 @@ demo: setup
 check: build bpffs
 	@$(MAKE) --no-print-directory -f build.mk check CLANG=$(CLANG) PY=$(PY) OUT=$(OUT) CFLAGS_C="$(CFLAGS_C)" FUZZ=$(FUZZ)
 
+# Two at a time, a file's tests one after the other: most of their time is waiting. `PYTEST_ARGS="-n 0 -s"`: one, and what it prints.
 test: check
-	@.venv/bin/pytest $(PYTEST_ARGS)
+	@.venv/bin/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 bench: setup
 	@.venv/bin/python -m tests.bench $(BENCH_ARGS)

@@ -25,7 +25,7 @@ check: fuzz-cni
 fuzz-cni: all
 	@mkdir -p $(OUT)
 	@$(CLANG) $(CFLAGS_C) -DSIDESTEP_FUZZ -fsanitize=fuzzer,address,undefined -o $(OUT)/fuzz-cni cni/sidestep-cni.c
-	@$(OUT)/fuzz-cni -max_total_time=$(FUZZ) >$(OUT)/fuzz-cni.log 2>&1 || { tail -n 40 $(OUT)/fuzz-cni.log; exit 1; }
+	@$(OUT)/fuzz-cni -max_total_time=$(FUZZ) -artifact_prefix=$(OUT)/ >$(OUT)/fuzz-cni.log 2>&1 || { tail -n 40 $(OUT)/fuzz-cni.log; exit 1; }
 
 # Protobuf modules, and their stubs, from agent/sidestep/wire/*.proto. No .proto imports another of ours.
 WIRE := agent/sidestep/wire

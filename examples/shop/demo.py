@@ -302,7 +302,9 @@ def main() -> int:
                 f"\n{BOLD}Done{PLAIN}: set-up {ready - started:.0f} s, the five steps {time.monotonic() - ready:.0f} s."
             )
     except DemoError as error:
-        print(f"\n{RED}demo: {error}{PLAIN}", file=sys.stderr)
+        # On one line: what a command says has a line for each node, what libpq says has several.
+        said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        print(f"\n{RED}demo: {said}{PLAIN}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,5 +1,7 @@
 """`sidestep policies`, `authz check` and `describe`: names, who is asked about what, and what people read."""
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -367,3 +369,31 @@ def test_one_page(changes: dict[str, Any], fact: str, text: str) -> None:
     assert dict(describe._facts(page(**changes), 1000.0))[fact] == text
     assert ("capabilities" in dict(describe._facts(page(raw=True), 0.0))) is True
     assert "capabilities" not in dict(describe._facts(page(), 0.0))
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b'{\n  "error": "no connection\\n to the engine"\n}\n', "/pods answered 503: no connection to the engine"),
+        (b"not json\n at all", "/pods answered 503: not json at all"),
+        (b'["a list"]', '/pods answered 503: ["a list"]'),
+    ],
+)
+def test_a_page_that_fails_is_one_line(tmp_path: Path, body: bytes, why: str) -> None:
+    path = tmp_path / "agent.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 503 No\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+        with ThreadPoolExecutor(1) as pool:
+            answered = pool.submit(answer)
+            with pytest.raises(NodeError) as caught:
+                Node(path).ask("/pods")
+            answered.result(10)
+    assert str(caught.value) == f"{path}: {why}"

@@ -37,9 +37,7 @@ class Node:
             response = connection.getresponse()
             body = response.read()
             if response.status != 200:
-                raise NodeError(
-                    f"{self.path}: {page} answered {response.status}: {body[:200].decode(errors='replace')}"
-                )
+                raise NodeError(f"{self.path}: {page} answered {response.status}: {_reason(body)}")
             return json.loads(body)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise NodeError(f"{self.path}: {error}; does the agent of this node run?") from error
@@ -114,6 +112,16 @@ def control_status(address: str) -> dict[str, Any]:
         raise NodeError(f"the control plane at {host}:{CONTROL_PORT} cannot be asked: {error}") from error
     finally:
         connection.close()
+
+
+def _reason(body: bytes) -> str:
+    """What a page that failed says of it, on one line: its {"error": text}, else its beginning."""
+    text = body.decode(errors="replace")
+    try:
+        text = str(json.loads(text)["error"])
+    except (ValueError, TypeError, KeyError):
+        pass
+    return " ".join(text.split())[:200]
 
 
 class _UnixConnection(http.client.HTTPConnection):
