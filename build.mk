@@ -49,7 +49,7 @@ $(BIN)/supervise: tunnel/supervise.c
 BPF_SKEL := $(OUT)/bpf/capture.skel.h $(OUT)/bpf/survey.skel.h $(OUT)/bpf/kubelet.skel.h $(OUT)/bpf/flows.skel.h
 BPFTOOL  := $(firstword $(wildcard /usr/sbin/bpftool /sbin/bpftool) bpftool)
 
-$(OUT)/bpf/%.skel.h: bpf/%.bpf.c bpf/maps.h
+$(OUT)/bpf/%.skel.h: bpf/%.bpf.c bpf/maps.h bpf/shared.h bpf/kernel.h
 	@mkdir -p $(@D)
 	@echo "build: bpf/$*.bpf.c"
 	@$(CLANG) -O2 -g -target bpf -mcpu=v2 -Wall -Werror -I/usr/include/$(shell uname -m)-linux-gnu -c $< -o $(OUT)/bpf/$*.o

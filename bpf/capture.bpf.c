@@ -54,6 +54,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "maps.h"
+#include "shared.h"
 
 #define LO_IFINDEX 1 /* in every network namespace (net/core/dev.c registers lo first) */
 #define ETH_P_MPLS 0x8847
@@ -73,19 +74,9 @@ struct {
         __type(value, __u64);
 } listeners SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-        __uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
-        __type(key, int);
-        __type(value, __u32);
-} engine_sk SEC(".maps");
+struct map_of_engine_sk engine_sk SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-        __uint(map_flags, BPF_F_NO_PREALLOC);
-        __type(key, int);
-        __type(value, struct capture_fated);
-} fates SEC(".maps");
+struct map_of_fates fates SEC(".maps");
 
 struct {
         __uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -120,30 +111,11 @@ struct {
         __type(value, struct vouch_slot);
 } slots SEC(".maps");
 
-/* Of the pod as a destination: from its door to the first packet of the accepted socket. Not an LRU: what is forgotten
- * here is a connection that breaks. */
-struct {
-        __uint(type, BPF_MAP_TYPE_HASH);
-        __uint(map_flags, BPF_F_NO_PREALLOC);
-        __uint(max_entries, VOUCH_MAX_PENDING);
-        __type(key, struct capture_tuple);
-        __type(value, struct capture_probe);
-} pending SEC(".maps");
+struct map_of_pending pending SEC(".maps");
 
-/* The node's, shared by all pods and kubelet.bpf.c. */
-struct {
-        __uint(type, BPF_MAP_TYPE_LRU_HASH);
-        __uint(max_entries, KUBELET_MAX_NOTES);
-        __type(key, struct capture_tuple);
-        __type(value, struct capture_probe);
-} probe_notes SEC(".maps");
+struct map_of_probe_notes probe_notes SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_LRU_HASH);
-        __uint(max_entries, CAPTURE_MAX_PROBES);
-        __type(key, struct capture_tuple);
-        __type(value, struct capture_probe);
-} probes SEC(".maps");
+struct map_of_probes probes SEC(".maps");
 
 struct {
         __uint(type, BPF_MAP_TYPE_ARRAY);
@@ -348,13 +320,6 @@ static __always_inline bool meets_connection(struct __sk_buff *skb, struct packe
         bool connection = sk->state != TCP_LISTEN;
         bpf_sk_release(sk);
         return connection;
-}
-
-static __always_inline void mapped(__u8 *to, __u32 ip4)
-{
-        __builtin_memset(to, 0, 10);
-        to[10] = to[11] = 0xff;
-        __builtin_memcpy(to + 12, &ip4, 4);
 }
 
 /* The tuple of a packet that the pod sends. */

@@ -8,55 +8,14 @@
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+#include "kernel.h"
 #include "maps.h"
+#include "shared.h"
 
 #define AF_INET 2
 #define TCP_CLOSE 7
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
-
-/* The kernel's own types, as far as they are read here; CO-RE finds the offsets. */
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-struct in6_addr {
-        union {
-                __u8 u6_addr8[16];
-        } in6_u;
-};
-struct sock_common {
-        __be32 skc_daddr, skc_rcv_saddr;
-        __be16 skc_dport;
-        __u16 skc_num;
-        unsigned short skc_family;
-        volatile unsigned char skc_state;
-        struct in6_addr skc_v6_daddr, skc_v6_rcv_saddr;
-};
-struct sock {
-        struct sock_common __sk_common;
-};
-struct seq_file {
-        int dummy;
-};
-struct bpf_map {
-        int dummy;
-};
-struct bpf_iter_meta {
-        struct seq_file *seq;
-        __u64 session_id, seq_num;
-};
-struct bpf_iter__bpf_sk_storage_map {
-        struct bpf_iter_meta *meta;
-        struct bpf_map *map;
-        struct sock *sk;
-        void *value;
-};
-#pragma clang attribute pop
-
-static __always_inline void mapped(__u8 *to, __u32 ip4)
-{
-        __builtin_memset(to, 0, 10);
-        to[10] = to[11] = 0xff;
-        __builtin_memcpy(to + 12, &ip4, 4);
-}
 
 SEC("iter/bpf_sk_storage_map")
 int flows(struct bpf_iter__bpf_sk_storage_map *ctx)

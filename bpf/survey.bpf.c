@@ -13,7 +13,9 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include <stdbool.h>
+#include "kernel.h"
 #include "maps.h"
+#include "shared.h"
 
 #define AF_INET 2
 #define TCP_SYN_SENT 2
@@ -24,86 +26,13 @@
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
-/* The kernel's own types, as far as they are read here; CO-RE finds the offsets. */
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-struct in6_addr_words {
-        __u8 u6_addr8[16];
-};
-struct in6_addr {
-        union {
-                __u8 u6_addr8[16];
-        } in6_u;
-};
-struct sock_common {
-        __be32 skc_daddr, skc_rcv_saddr;
-        __be16 skc_dport;
-        __u16 skc_num;
-        unsigned short skc_family;
-        volatile unsigned char skc_state;
-        struct in6_addr skc_v6_daddr, skc_v6_rcv_saddr;
-};
-struct sock {
-        struct sock_common __sk_common;
-};
-struct inet_connection_sock {
-        int dummy;
-};
-struct tcp_sock {
-        __u32 snd_una, snd_nxt, rcv_nxt;
-        __u64 bytes_received;
-};
-struct tcp_request_sock {
-        __u64 snt_synack;
-};
-struct seq_file {
-        int dummy;
-};
-struct bpf_iter_meta {
-        struct seq_file *seq;
-        __u64 session_id, seq_num;
-};
-struct bpf_iter__tcp {
-        struct bpf_iter_meta *meta;
-        struct sock_common *sk_common;
-        __u32 uid;
-};
-#pragma clang attribute pop
+struct map_of_engine_sk engine_sk SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-        __uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
-        __type(key, int);
-        __type(value, __u32);
-} engine_sk SEC(".maps");
+struct map_of_fates fates SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-        __uint(map_flags, BPF_F_NO_PREALLOC);
-        __type(key, int);
-        __type(value, struct capture_fated);
-} fates SEC(".maps");
+struct map_of_probes probes SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_LRU_HASH);
-        __uint(max_entries, CAPTURE_MAX_PROBES);
-        __type(key, struct capture_tuple);
-        __type(value, struct capture_probe);
-} probes SEC(".maps");
-
-struct {
-        __uint(type, BPF_MAP_TYPE_HASH);
-        __uint(map_flags, BPF_F_NO_PREALLOC);
-        __uint(max_entries, VOUCH_MAX_PENDING);
-        __type(key, struct capture_tuple);
-        __type(value, struct capture_probe);
-} pending SEC(".maps");
-
-static __always_inline void mapped(__u8 *to, __u32 ip4)
-{
-        __builtin_memset(to, 0, 10);
-        to[10] = to[11] = 0xff;
-        __builtin_memcpy(to + 12, &ip4, 4);
-}
+struct map_of_pending pending SEC(".maps");
 
 /* Accepted from the kubelet or from a vouched client, and has sent nothing yet: capture.bpf.c, accepted. */
 static __always_inline bool accepted(struct capture_seen *seen, struct tcp_sock *tcp, struct capture_fated *now)
