@@ -25,6 +25,13 @@
  * goes with the last, so that all pods that are there read the same notes. The program carries the id of the cgroup's
  * directory; another directory (the kubelet was started anew) means another program and link.
  *
+ * Another layout of the pins (capture_upgrade): the maps that are as before are linked to under the new directory, so
+ * whoever has them goes on; programs and the other maps are loaded anew; fates are carried from the one map to the
+ * other; the sk_lookup link gets the new program in one step, and its pin moves. The old tc filters, which the
+ * namespace holds, turn round what the engine's sockets in the same `listeners` take, until they are exchanged. A
+ * crash in the middle leaves the old pins, which are taken away last, and the same call finishes it. What comes to
+ * nothing: counters, and probes of the kubelet that are under way.
+ *
  * The iterator needs the kernel's BTF, which takes time and memory to read, so it is loaded when it is first needed.
  */
 #define _GNU_SOURCE
@@ -70,12 +77,14 @@
 static const char *const map_names[] = {"listeners", "engine_sk", "fates", "own",      "probes", "asking",
                                         "addresses", "counters",  "pod",   "verdicts", "pending"};
 static const char *const program_names[] = {"out_eth", "in_eth", "in_lo", "out_lo", "steer"};
-static const char *const survey_names[] = {"note", "claim", "survey", "adopt"}; /* loaded when needed */
+static const char *const survey_names[] = {"note", "claim", "survey", "adopt", "carry"}; /* loaded when needed */
 static const char *const node_names[] = {"link", "probe_syn", "probe_ports", "kubelet_counters", "probe_notes"};
 #define NODE "node" /* no pod's UID */
 #define NODE_PATH (PATH_MAX - 64)
 /* What vouched flows need of the node. */
 static const char *const vouch_names[] = {"vouched", "slots", "flows"};
+/* The maps that are the same in the layout before. */
+static const char *const kept_names[] = {"listeners", "engine_sk", "own", "asking", "addresses", "pod"};
 /* The maps that pods take from there. */
 static const char *const shared_names[] = {"probe_notes", "vouched", "slots"};
 
@@ -1233,6 +1242,96 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
         if (rmdir(pins) < 0 && errno != ENOENT)
                 return fail(error, -errno, "directory %s", pins);
         leave_node(pins);
+        return 0;
+}
+
+/* -- the layout before -------------------------------------------------------------------------------------------- */
+
+/* The fates of the sockets that are open. */
+static int carry_fates(const char *from, const char *pins)
+{
+        int fates = open_pin(from, "fates"), program = -1, link = -1, iterator = -1;
+        if (fates < 0)
+                return fates == -ENOENT ? 0 : fates;
+        int result = load_survey(pins);
+        if (result == 0 && (program = open_pin(pins, "carry")) < 0)
+                result = program;
+        union bpf_iter_link_info info = {.map = {.map_fd = (uint32_t)fates}};
+        LIBBPF_OPTS(bpf_link_create_opts, opts, .iter_info = &info, .iter_info_len = sizeof(info));
+        if (result == 0 && (link = bpf_link_create(program, 0, BPF_TRACE_ITER, &opts)) < 0)
+                result = -errno;
+        if (result == 0 && (iterator = bpf_iter_create(link)) < 0)
+                result = -errno;
+        char nothing[64];
+        ssize_t n = 0;
+        while (result == 0 && ((n = read(iterator, nothing, sizeof(nothing))) > 0 || (n < 0 && errno == EAGAIN)))
+                ;
+        if (n < 0)
+                result = -errno;
+        int fds[] = {iterator, link, program, fates};
+        for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++)
+                if (fds[i] >= 0)
+                        close(fds[i]);
+        return result;
+}
+
+/* Our program in the link of before, in one step. */
+static int take_link(const char *from, const char *pins)
+{
+        char path[PATH_MAX];
+        int link = open_pin(from, "link"), program = open_pin(pins, "steer"), result = program < 0 ? program : 0;
+        if (link >= 0 && result == 0) {
+                path_of(path, pins, "link");
+                if (bpf_link_update(link, program, NULL) < 0)
+                        result = errno == ENOLINK ? 0 : -errno; /* its namespace is gone */
+                else if ((unlink(path) < 0 && errno != ENOENT) || bpf_obj_pin(link, path) < 0)
+                        result = -errno;
+        } else if (link < 0 && link != -ENOENT) {
+                result = link;
+        }
+        if (link >= 0)
+                close(link);
+        if (program >= 0)
+                close(program);
+        return result;
+}
+
+int capture_upgrade(const char *from, const char *pins, char *error)
+{
+        char old[PATH_MAX], path[PATH_MAX], node[NODE_PATH];
+        struct capture_pod pod = {0};
+        libbpf_set_print(silent);
+        if (access(from, F_OK) < 0)
+                return errno == ENOENT ? 0 : fail(error, -errno, "directory %s", from);
+        node_of(node, pins);
+        int result = make_directories(node);
+        if (result == 0)
+                result = make_directories(pins);
+        for (size_t i = 0; i < sizeof(kept_names) / sizeof(*kept_names) && result == 0; i++) {
+                path_of(old, from, kept_names[i]);
+                path_of(path, pins, kept_names[i]);
+                if (link(old, path) < 0 && errno != EEXIST && errno != ENOENT)
+                        result = -errno;
+        }
+        if (result < 0)
+                return fail(error, result, "pins in %s", pins);
+        if (!all_pinned(pins) && (result = load(pins, error)) < 0)
+                return result;
+        if ((result = read_pod(pins, &pod)) < 0)
+                return fail(error, result, "map pod in %s", pins);
+        /* A pod that is strict has no connections that go on natively but probes that are under way. */
+        if (pod.mode != MODE_OFF && (result = carry_fates(from, pins)) < 0 && pod.mode != MODE_STRICT)
+                return fail(error, result, "the open connections of %s", from);
+        if ((result = take_link(from, pins)) < 0)
+                return fail(error, result, "sk_lookup of %s", from);
+        path_of(path, from, "link");
+        unlink(path);
+        unpin(from, survey_names, sizeof(survey_names) / sizeof(*survey_names));
+        unpin(from, program_names, sizeof(program_names) / sizeof(*program_names));
+        unpin(from, map_names, sizeof(map_names) / sizeof(*map_names));
+        if (rmdir(from) < 0 && errno != ENOENT)
+                return fail(error, -errno, "directory %s", from);
+        leave_node(from);
         return 0;
 }
 
