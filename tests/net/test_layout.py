@@ -93,7 +93,9 @@ class Storm:
     def more(self) -> None:
         """Waits for ten of each."""
         before = dict(self.done)
-        eventually("the storm goes on", lambda: self.failed or all(self.done[way] >= before[way] + 10 for way in before))
+        eventually(
+            "the storm goes on", lambda: self.failed or all(self.done[way] >= before[way] + 10 for way in before)
+        )
 
 
 def test_a_strict_pod_stays_captured_and_served(old: Old, link: Pair, family: int, closing: Close) -> None:

@@ -118,11 +118,14 @@ class Captures:
     def _upgrade(self, former: Path) -> None:
         if not former.is_dir():
             return
+
+        def take_over(uid: str) -> None:
+            _check(lambda error: _lib.capture_upgrade(str(former / uid).encode(), self._pins(uid), error))
+            log.event("pins_upgraded", pod=uid, layout=_LAYOUT)
+
         for uid in sorted(os.listdir(former)):
             if uid != _NODE:
-                pins = str(former / uid).encode(), self._pins(uid)
-                _check(lambda error, pins=pins: _lib.capture_upgrade(*pins, error))
-                log.event("pins_upgraded", pod=uid, layout=_LAYOUT)
+                take_over(uid)
         _check(lambda error: _lib.kubelet_detach(str(former / _NODE).encode(), error))
         former.rmdir()
 
