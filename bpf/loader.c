@@ -44,9 +44,11 @@
 #include <limits.h>
 #include <linux/fib_rules.h>
 #include <linux/if_link.h>
+#include <linux/inet_diag.h>
 #include <linux/magic.h>
 #include <linux/membarrier.h>
 #include <linux/rtnetlink.h>
+#include <linux/sock_diag.h>
 #include <net/if.h>
 #include <pthread.h>
 #include <sched.h>
@@ -1341,21 +1343,26 @@ struct trial {
         int result;
 };
 
-/* In a thread of its own, which takes its namespace and all that is in it along. */
+/* For a thread of its own, which takes its namespace and all that is in it along. */
+static int new_namespace(char *error)
+{
+        int result = 0;
+        if (unshare(CLONE_NEWNET) < 0)
+                return fail(error, -errno, "make a network namespace");
+        struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
+        int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &lo) < 0)
+                result = fail(error, -errno, "lo in a new network namespace");
+        if (fd >= 0)
+                close(fd);
+        return result;
+}
+
 static void *try_attach(void *arg)
 {
         struct trial *t = arg;
         struct bpf_object *object = t->capture->obj;
-        if (unshare(CLONE_NEWNET) < 0) {
-                t->result = fail(t->error, -errno, "make a network namespace");
-                return NULL;
-        }
-        struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
-        int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &lo) < 0)
-                t->result = fail(t->error, -errno, "lo in a new network namespace");
-        if (fd >= 0)
-                close(fd);
+        t->result = new_namespace(t->error);
         if (t->result == 0)
                 t->result = plumb(t->error);
         for (size_t i = 0; i < sizeof(filters) / sizeof(*filters) && t->result == 0; i++) {
@@ -1374,6 +1381,71 @@ static void *try_attach(void *arg)
         if (netns >= 0)
                 close(netns);
         return NULL;
+}
+
+/* Ends a connection that nobody else knows. */
+static void *try_destroy(void *arg)
+{
+        struct trial *t = arg;
+        struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)}, from;
+        socklen_t size = sizeof(at), from_size = sizeof(from);
+        struct {
+                struct nlmsghdr header;
+                struct inet_diag_req_v2 request;
+        } ask = {.header = {.nlmsg_len = sizeof(ask),
+                            .nlmsg_type = SOCK_DESTROY,
+                            .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK},
+                 .request = {.sdiag_family = AF_INET, .sdiag_protocol = IPPROTO_TCP, .idiag_states = ~0u}};
+        struct {
+                struct nlmsghdr header;
+                struct nlmsgerr error;
+        } answer = {0};
+        struct timeval limit = {.tv_sec = 5};
+        if ((t->result = new_namespace(t->error)) < 0)
+                return NULL;
+        int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        int client = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        int diag = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
+        if (listener < 0 || client < 0 || diag < 0 || bind(listener, (struct sockaddr *)&at, sizeof(at)) < 0 ||
+            listen(listener, 1) < 0 || getsockname(listener, (struct sockaddr *)&at, &size) < 0 ||
+            connect(client, (struct sockaddr *)&at, sizeof(at)) < 0 ||
+            getsockname(client, (struct sockaddr *)&from, &from_size) < 0) {
+                t->result = fail(t->error, -errno, "sockets in a new network namespace");
+        } else {
+                ask.request.id = (struct inet_diag_sockid){.idiag_sport = from.sin_port,
+                                                           .idiag_dport = at.sin_port,
+                                                           .idiag_src = {from.sin_addr.s_addr},
+                                                           .idiag_dst = {at.sin_addr.s_addr},
+                                                           .idiag_cookie = {INET_DIAG_NOCOOKIE, INET_DIAG_NOCOOKIE}};
+                setsockopt(diag, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+                if (send(diag, &ask, sizeof(ask), 0) < 0 || recv(diag, &answer, sizeof(answer), 0) < 0)
+                        t->result = -errno;
+                else if (answer.header.nlmsg_type == NLMSG_ERROR)
+                        t->result = answer.error.error;
+                if (t->result < 0)
+                        fail(t->error, t->result, "end a connection by sock_diag (CONFIG_INET_DIAG_DESTROY)");
+        }
+        int fds[] = {listener, client, diag};
+        for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++)
+                if (fds[i] >= 0)
+                        close(fds[i]);
+        return NULL;
+}
+
+int capture_native(char *error)
+{
+        pthread_t thread;
+        struct trial t = {.error = error};
+        libbpf_set_print(silent);
+        struct flows_bpf *flows = flows_bpf__open();
+        int result = flows ? flows_bpf__load(flows) : -errno;
+        flows_bpf__destroy(flows);
+        if (result < 0)
+                return fail(error, result, "load the iterator over socket storage (BTF of the kernel)");
+        if ((result = -pthread_create(&thread, NULL, try_destroy, &t)) < 0)
+                return fail(error, result, "start a thread");
+        pthread_join(thread, NULL);
+        return t.result;
 }
 
 static int probe_attach(char *error)

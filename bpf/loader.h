@@ -74,6 +74,9 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
 /* Tries thing number i that capture needs of the kernel, and takes it back: each program alone, then all attached in a
  * namespace made for it. -ERANGE: there is no thing i. name: what it is, for people. */
 int capture_probe(int i, const char **name, char *error);
+/* Tries what native flows need of the kernel beyond that, and takes it back: the iterator over socket storage, and
+ * SOCK_DESTROY (in a namespace made for it). */
+int capture_native(char *error);
 
 /* The kubelet exemption of the node, with pins in BPFDIR/v2/node. */
 /* Attaches the program that notes probes to a cgroup2 directory. 1: it was not there, or in another directory. -EINVAL:

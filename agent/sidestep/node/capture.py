@@ -273,6 +273,15 @@ def probe() -> Iterator[tuple[str, str, str]]:
         number += 1
 
 
+def native_problem() -> str:
+    """What this kernel lacks for native flows between pods of one node, "" for nothing."""
+    try:
+        _check(_lib.capture_native)
+    except CaptureError as err:
+        return str(err)
+    return ""
+
+
 def require(directory: Path) -> None:
     """Raises CaptureError where this kernel, what this process may do, or the place for pins is not enough. Makes
     nothing."""
