@@ -236,8 +236,21 @@ static bool look_at(const struct vouch *v, struct pod *pod, int fates, struct si
 /* -- sockets --------------------------------------------------------------------------------------------------------
  */
 
+/* Where sockets of one pod are ended, of one after another. */
+struct ender {
+        struct pod *pod;
+        int fd;
+};
+
+static void ender_close(struct ender *e)
+{
+        if (e->pod && e->fd >= 0)
+                close(e->fd);
+        e->pod = NULL;
+}
+
 /* Ends a socket of the pod's with a reset. 0, -ENOENT: it is gone; -errno. */
-static int destroy(struct pod *p, const struct vouch_flow *flow)
+static int destroy(struct ender *e, struct pod *p, const struct vouch_flow *flow)
 {
         struct {
                 struct nlmsghdr header;
@@ -252,9 +265,16 @@ static int destroy(struct pod *p, const struct vouch_flow *flow)
         memset(&ask, 0, sizeof(ask));
         memcpy(local.ip, flow->local, 16);
         bool four = addr_is_v4(&local);
-        int fd = pod_socket(p, AF_NETLINK, SOCK_RAW, NETLINK_SOCK_DIAG), result = 0;
-        if (fd < 0)
-                return fd;
+        int result = 0;
+        if (e->pod != p) {
+                struct timeval limit = {.tv_sec = 1};
+                ender_close(e);
+                e->fd = pod_socket(p, AF_NETLINK, SOCK_RAW, NETLINK_SOCK_DIAG);
+                e->pod = p;
+                setsockopt(e->fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+        }
+        if (e->fd < 0)
+                return e->fd;
         ask.header.nlmsg_len = sizeof(ask);
         ask.header.nlmsg_type = SOCK_DESTROY;
         ask.header.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK;
@@ -267,13 +287,12 @@ static int destroy(struct pod *p, const struct vouch_flow *flow)
         memcpy(ask.request.id.idiag_dst, flow->remote + (four ? 12 : 0), four ? 4 : 16);
         ask.request.id.idiag_cookie[0] = (uint32_t)flow->cookie;
         ask.request.id.idiag_cookie[1] = (uint32_t)(flow->cookie >> 32);
-        struct timeval limit = {.tv_sec = 1};
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-        if (send(fd, &ask, sizeof(ask), 0) < 0 || recv(fd, &answer, sizeof(answer), 0) < 0)
+        if (send(e->fd, &ask, sizeof(ask), 0) < 0 || recv(e->fd, &answer, sizeof(answer), 0) < 0)
                 result = -errno;
         else if (answer.header.nlmsg_type == NLMSG_ERROR)
                 result = answer.error.error;
-        close(fd);
+        if (result == -EAGAIN) /* its answer would be the next one's */
+                ender_close(e);
         return result == -ESTALE ? -ENOENT : result;
 }
 
@@ -618,10 +637,12 @@ static void tick(struct vouch *v)
                 return;
         }
         bool all = look(v, &s, &seen);
+        struct ender e = {0};
         for (size_t i = 0; i < s.n; i++) /* what was cut and is still there */
                 if (s.at[i].flow.slot < VOUCH_MAX_SLOTS &&
                     s.at[i].flow.generation != generation_of(v, s.at[i].flow.slot))
-                        destroy(s.at[i].pod, &s.at[i].flow);
+                        destroy(&e, s.at[i].pod, &s.at[i].flow);
+        ender_close(&e);
         pthread_mutex_lock(&v->lock);
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS && all; i++) {
                 struct allowance *a = v->by_slot[i];
@@ -801,10 +822,12 @@ static void hold_sets(struct vouch *v, const struct mesh_view *view, struct allo
 /* Destroys the ends of flows that were cut: those that opened them, or the others. */
 static void end_all(const struct sights *s, const bool *gone, bool opened)
 {
+        struct ender e = {0};
         for (size_t i = 0; i < s->n; i++)
                 if (s->at[i].flow.slot < VOUCH_MAX_SLOTS && gone[s->at[i].flow.slot] &&
                     (s->at[i].flow.opened != 0) == opened)
-                        destroy(s->at[i].pod, &s->at[i].flow);
+                        destroy(&e, s->at[i].pod, &s->at[i].flow);
+        ender_close(&e);
 }
 
 /* Makes every flow of the slot worthless. With the lock held. */

@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import re
+import resource
 import secrets
 import select
 import socket
@@ -853,6 +854,39 @@ def test_the_silent_are_cut_too(world: World, application: socket.socket) -> Non
                 end.recv(1)
         closed(*pair)
     assert world.flows() == []
+
+
+def test_a_deny_ends_a_thousand_before_it_is_answered(
+    world: World, application: socket.socket, closing: Callable[..., None]
+) -> None:
+    """Both ends of each have ended when the change is acknowledged; flows of another port go on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
+    world.allow(application)
+    other = world.listen(PORT + 1)
+    closing(other)
+    world.allow(other)
+    kept = world.native(other)
+    pairs = []
+    for n in range(1000):
+        client = world.connect()
+        served, _ = application.accept()
+        pairs.append((client, served))
+        closing(client, served)
+        if n % 2:  # the other half has never had an answer
+            talk(client, served)
+    assert len(world.flows()) == 1001
+    started = time.monotonic()
+    world.set(policy("late", only(destinationPorts=[PORT])))
+    print(f"1000 flows had ended after {(time.monotonic() - started) * 1000:.1f} ms")
+    for pair in pairs:
+        for end in pair:
+            end.setblocking(False)
+            with pytest.raises(ConnectionError):
+                end.recv(1)
+    talk(*kept)
+    assert len(world.flows()) == 1
+    closed(*kept)
 
 
 def test_an_identity_that_ends(world: World, application: socket.socket) -> None:
