@@ -36,6 +36,7 @@
 #include "intern.h"
 #include "pod.h"
 #include "rbac.h"
+#include "vouch.h"
 
 #define TURN_BYTES (1 << 20)
 #define STREAM_QUEUE (16 * FRAME_PAYLOAD) /* read ahead of a stream that cannot be written: whole frames */
@@ -540,6 +541,28 @@ static void note_complete(struct worker *w, struct pod *p)
                 atomic_store(&p->complete, true);
 }
 
+/* The next connections of this pair need no engine. Only what was addressed to the pod itself: a Service's address is
+ * translated after the source's programs have seen it. */
+static void vouch_for(struct flow *f, const struct workload *own, const struct route *r)
+{
+        struct worker *w = f->w;
+        const struct identity *mine = worker_identity(w, f->pod->identity),
+                              *theirs = worker_identity(w, f->target->identity);
+        if (*r->service_host || f->dst.port != r->target.port || !addr_equal(&f->dst.addr, &r->target.addr) ||
+            !pod_has(f->pod, &f->src.addr) || f->dst.port == HBONE_PORT || pod_owns_port(f->target, f->dst.port) ||
+            !mine || !theirs || !atomic_load(&f->target->complete))
+                return;
+        struct vouch_pair pair = {.source = f->pod,
+                                  .target = f->target,
+                                  .src = f->src.addr,
+                                  .dst = f->dst,
+                                  .src_workload = own,
+                                  .dst_workload = r->dst,
+                                  .until_s = mine->not_after_s < theirs->not_after_s ? mine->not_after_s
+                                                                                     : theirs->not_after_s};
+        vouch_allow(w->engine->vouch, w, &pair);
+}
+
 static void go_local(struct flow *f, struct seat *near, const struct workload *own, const struct route *r,
                      const struct rbac_verdict *verdict)
 {
@@ -560,6 +583,8 @@ static void go_local(struct flow *f, struct seat *near, const struct workload *o
         if (result < 0)
                 flow_reset(f, FLAG_CONNECT, strerror(-result));
         let_in(f, near, r->dst, verdict);
+        if (!verdict->dry_run)
+                vouch_for(f, own, r);
 }
 
 static void go_hbone(struct flow *f, const struct workload *own, const struct route *r, struct identity *i)
@@ -771,6 +796,8 @@ static void accepted(struct worker *w, struct listener *l, int fd, const struct 
                 wrong = "own_port";
         else if (l->role == ROLE_INBOUND && pod_tuple_is_own(p, peer))
                 wrong = "own_tuple";
+        else if (l->role == ROLE_INBOUND && vouch_is_late(w->engine->vouch, &peer->addr, &local))
+                wrong = "late_vouched";
         if (wrong) {
                 struct linger reset = {1, 0};
                 event_refused(w->ev, wrong);

@@ -9,6 +9,7 @@ The router's namespace has one interface per pod, so that each pod's link is a w
 import ipaddress
 import itertools
 import os
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from tests.harness.pki import Authority, Leaf, spiffe
 from tests.harness.stand_in import Capture
 
 _SERIAL = itertools.count()
+# The same tests run with connections between two pods of a node accelerated, or not.
+SAME_NODE = os.environ.get("SIDESTEP_TEST_SAME_NODE", "direct")
 CLUSTER_CIDRS = ["10.0.0.0/8", "fd00::/8"]
 
 
@@ -69,7 +72,7 @@ class Nodes:
         pods: list[str] | dict[str, int],
         *,
         workers: int = 1,
-        same_node: str = "direct",
+        same_node: str = SAME_NODE,
         engines: tuple[bool, bool] = (True, True),
         accounts: dict[str, str] | None = None,
     ) -> None:
@@ -146,20 +149,20 @@ class Nodes:
         return Tap(f"/run/netns/{self.router}", self.interface(self.pods[name]))
 
     # -- engines -----------------------------------------------------------------------------------------------------
-    def start(self, node: int, supervised: bool = False) -> None:
-        """An engine for a node, with its pods captured and given to it."""
+    def start(self, node: int, supervised: bool = False, pods: Collection[str] | None = None) -> None:
+        """An engine for a node, with its pods captured and given to it (`pods`: only these)."""
         engine = EngineProcess(self.folder, self._workers, supervised=supervised)
         self._stack.enter_context(engine)
         self.engines[node] = engine
         for pod in self.pods.values():
-            if pod.node == node and pod.capture is None:
+            if pod.node == node and pod.capture is None and (pods is None or pod.name in pods):
                 capture = pod.capture = Capture(pod.pair)
                 capture.prepare()
                 self._stack.callback(capture.detach)
                 capture.set_mode(lib.MODE_STRICT)
-        self.feed(node)
+        self.feed(node, pods)
 
-    def feed(self, node: int) -> None:
+    def feed(self, node: int, pods: Collection[str] | None = None) -> None:
         """What an agent says to an engine that knows nothing."""
         engine = self.engines[node]
         assert engine is not None
@@ -179,7 +182,7 @@ class Nodes:
             },
         )
         for pod in self.pods.values():
-            if pod.node == node:
+            if pod.node == node and (pods is None or pod.name in pods):
                 self.certify(pod, self.authority.leaf(pod.identity))
                 self.add(pod)
 
@@ -195,7 +198,7 @@ class Nodes:
         client, capture = self.clients[pod.node], pod.capture
         assert client is not None
         assert capture is not None
-        listeners, engine_sk = capture.maps()
+        fds = [*capture.maps(), *(capture.vouch() if self.same_node == "native" else [])]
         with open(pod.path) as netns:
             body = {
                 "uid": pod.uid,
@@ -208,9 +211,9 @@ class Nodes:
                 "netns_cookie": os.fstat(netns.fileno()).st_ino,
                 "netns_ino": os.fstat(netns.fileno()).st_ino,
             }
-            pod.ports = client.call(channel.POD_ADD, body, [netns.fileno(), listeners, engine_sk])["ports"]
-        os.close(listeners)
-        os.close(engine_sk)
+            pod.ports = client.call(channel.POD_ADD, body, [netns.fileno(), *fds])["ports"]
+        for fd in fds:
+            os.close(fd)
 
     # -- the snapshot ------------------------------------------------------------------------------------------------
     def record(self, pod: Pod, **changes: object) -> pb.Address:

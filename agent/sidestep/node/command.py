@@ -69,7 +69,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--cluster-domain", default="cluster.local", metavar="DOMAIN", help="DNS suffix of Services")
     add("--cluster-id", default="Kubernetes", metavar="ID")
     add("--network", default="", metavar="N")
-    add("--same-node", choices=("direct", "mtls"), default="direct", help="between two pods of this node")
+    add(
+        "--same-node",
+        choices=("direct", "native", "mtls"),
+        default="direct",
+        help="between two pods of this node: through the engine without TLS (direct), by the kernel alone once a first "
+        "connection was allowed (native), with TLS (mtls)",
+    )
     add("--unknown", choices=("hold", "pass"), default="hold", help="cluster addresses without a record")
     add("--drain-quiet-s", type=float, default=10.0, metavar="S", help="quiet time before a released pod is let go")
     add("--pod-netns-dir", type=Path, metavar="DIR", help="where the runtime pins namespaces, named by pod UID")
