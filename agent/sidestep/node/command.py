@@ -17,7 +17,10 @@ from pathlib import Path
 
 from sidestep.node.pods import EXCLUDED_NAMESPACES
 
-_M_ARENA_MAX = -8  # mallopt(3): each thread's own arena would keep what it once used
+# mallopt(3). Each thread's own arena would keep what it once used; and the buffers of libbpf (a copy of the kernel's BTF
+# each time) would stay in the heap for good whenever something small came to lie behind them.
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
+_LARGE = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"sidestep agent: {err}", file=sys.stderr)
         return 1
     ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
     from sidestep.kube.client import ConfigError
     from sidestep.node.capture import CaptureError
     from sidestep.node.statefile import StateError
