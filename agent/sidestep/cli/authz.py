@@ -42,7 +42,7 @@ NAMES = """\
 FROM and TO are one of
   NAMESPACE/POD          a pod, by the name in the API
   NAMESPACE/sa/ACCOUNT   a service account: every pod that runs with it
-  spiffe://TD/ns/N/sa/A  the same by identity (FROM may be of another trust domain)
+  spiffe://TD/ns/N/sa/A  the same by identity (one of another trust domain is refused, whatever policies say)
   ADDRESS                IPv4 or IPv6, of a pod, of a Service or of somebody outside
 TO may end in :PORT, an IPv6 address with a port is written [ADDRESS]:PORT. Without a port every port is asked that
 the pod declares or a Service leads to.
@@ -296,7 +296,7 @@ def ask(mesh: Mesh, caller: Caller, target: Target, notes: list[str]) -> dict[st
             "destination": endpoint(target.address, target.port),
         }
     )
-    answer = agent.node.ask(f"/authz?{query}")
+    answer = judged(mesh.trust_domain, caller.identity, agent.node.ask(f"/authz?{query}"))
     return {
         "from": {"name": caller.name, "identity": caller.identity, "address": caller.address},
         "to": {"name": target.name, "node": target.node, "address": target.address, "port": target.port},
@@ -308,6 +308,17 @@ def ask(mesh: Mesh, caller: Caller, target: Target, notes: list[str]) -> dict[st
         "policies": answer.get("policies") or [],
         "answered_by": str(answer.get("node") or ""),
     }
+
+
+def judged(trust_domain: str, identity: str, answer: Row) -> Row:
+    """The engine's answer about policy; of a caller of another trust domain what happens before any policy is asked:
+    its certificate is refused in the handshake. Pure.
+    """
+    theirs = identity.removeprefix("spiffe://").partition("/")[0]
+    if not identity or theirs == trust_domain or not answer.get("workload"):
+        return answer
+    why = f"refused in the handshake, before any policy: its trust domain is {theirs}, this mesh's is {trust_domain}"
+    return {**answer, "allow": False, "policy": "", "rule": -1, "reason": why}
 
 
 def status_of(checks: Sequence[Row]) -> int:
