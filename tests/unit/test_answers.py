@@ -274,6 +274,21 @@ def test_a_stranger_does_not_come_as_far_as_policy(identity: str, workload: str,
     assert allow or "refused in the handshake" in found["reason"]
 
 
+def test_who_cannot_prove_who_it_is_is_told() -> None:
+    """A certificate that is missing or has ended, of somebody who was asked about."""
+    held = {
+        "n2": [{"identity": "spiffe://x", "state": "expired", "error": "UNAVAILABLE: away"}],
+        "n1": [
+            {"identity": "spiffe://x", "state": "available", "error": "away"},
+            {"identity": "spiffe://y", "state": "missing", "error": ""},
+            {"identity": "spiffe://z", "state": "missing", "error": ""},
+        ],
+    }
+    first, second = authz.uncertified({"spiffe://x", "spiffe://y", ""}, held)
+    assert first.startswith("spiffe://y has no valid certificate on n1: it is missing; connections")
+    assert second.startswith("spiffe://x has no valid certificate on n2: it is expired (UNAVAILABLE: away); ")
+
+
 POLICY_LINES = [
     ({"matched": True, "rule": 2}, "(DENY) matches by rules[2]"),
     ({"dry_run": True, "matched": True, "rule": 0}, "(DENY, dry run: it decides nothing) matches by rules[0]"),

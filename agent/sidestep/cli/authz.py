@@ -13,7 +13,7 @@ import ipaddress
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -89,6 +89,7 @@ class Target:
     node: str
     address: str
     port: int
+    identity: str = ""
 
 
 def parse(text: str, port: bool) -> Name:
@@ -198,13 +199,18 @@ def _address_targets(mesh: Mesh, name: Name, notes: list[str]) -> list[Target]:
         wanted = sorted({int(to) for at, to in ports.items() if name.port in (0, int(at))})
         if wanted and _enrolled(each):
             same = [ip for ip in each.get("workloadIps") or () if family(ip) == family(name.address)]
-            found += [Target(_called(each), str(each.get("node") or ""), ip, port) for ip in same for port in wanted]
+            found += [_target(each, ip, port) for ip in same for port in wanted]
         elif wanted:
             notes.append(_not_guarded(each))
     if not found:
         at = f" with port {name.port}" if name.port else ""
         raise NodeError(f"{name} is Service {key}, and it has no endpoint{at} that the mesh guards")
     return found
+
+
+def _target(workload: Row, address: str, port: int) -> Target:
+    node, identity = str(workload.get("node") or ""), str(workload.get("identity") or "")
+    return Target(_called(workload), node, address, port, identity)
 
 
 def _guarded(
@@ -221,7 +227,7 @@ def _guarded(
             called = _called(each)
             missing.append(f"{called} declares no port and no Service leads to it: say {called}:PORT")
         for ip in addresses.get(str(each.get("uid"))) or each.get("workloadIps") or ():
-            found += [Target(_called(each), str(each.get("node") or ""), ip, number) for number in ports]
+            found += [_target(each, ip, number) for number in ports]
     if not found:
         raise NodeError("; ".join(missing) or "it has no address in the mesh")
     notes += missing
@@ -321,6 +327,31 @@ def judged(trust_domain: str, identity: str, answer: Row) -> Row:
     return {**answer, "allow": False, "policy": "", "rule": -1, "reason": why}
 
 
+def _certificates(mesh: Mesh, notes: list[str]) -> dict[str, Iterable[Row]]:
+    """By node."""
+    found: dict[str, Iterable[Row]] = {}
+    for agent in mesh.agents:
+        try:
+            found[agent.name] = agent.node.ask("/certificates")
+        except NodeError as error:
+            notes.append(str(error))
+    return found
+
+
+def uncertified(identities: Collection[str], held: Mapping[str, Iterable[Row]]) -> list[str]:
+    """Who of these cannot prove who it is now, by node: policy may allow it, the connection fails. Pure."""
+    found = []
+    for node, certificates in sorted(held.items()):
+        for each in certificates:
+            if each["identity"] in identities and each["state"] != "available":
+                why = f" ({each['error']})" if each.get("error") else ""
+                found.append(
+                    f"{each['identity']} has no valid certificate on {node}: it is {each['state']}{why}; "
+                    "connections of its pods there are refused, whatever policies say"
+                )
+    return found
+
+
 def status_of(checks: Sequence[Row]) -> int:
     """The exit status."""
     if any(check["known"] and not check["allow"] for check in checks):
@@ -352,6 +383,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = pairs(callers(mesh, asked_from, notes), targets(mesh, asked_to, notes), notes)
         for caller, target in chosen[:CHECKS_MAX]:
             checks.append(ask(mesh, caller, target, notes))
+        notes += uncertified({each.identity for pair in chosen for each in pair}, _certificates(mesh, notes))
         unsaid = not_as_written(mesh)
         for name in dict.fromkeys(each["name"] for check in checks for each in check["policies"]):
             if name in unsaid:
