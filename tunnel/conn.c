@@ -614,10 +614,12 @@ static bool expects(const struct route *r, const char *identity)
 }
 
 /* The other pod of this node that it goes to. Only what is really that pod: its address, and an identity that the
- * record allows. The rest is for TLS to find out. */
+ * record allows. The rest is for TLS to find out, and what goes from one family to the other for a tunnel: it has an
+ * address of the pod's own in that family, where this way has only the client's. */
 static struct seat *near_of(struct flow *f, const struct route *r)
 {
-        if (r->kind != ROUTE_HBONE || atomic_load(&f->w->engine->same_node_mtls))
+        if (r->kind != ROUTE_HBONE || atomic_load(&f->w->engine->same_node_mtls) ||
+            addr_is_v4(&r->target.addr) != addr_is_v4(&f->src.addr))
                 return NULL;
         struct seat *seat = seat_of_workload(f->w, r->dst->uid);
         return seat && pod_has(seat->pod, &r->target.addr) && expects(r, seat->pod->identity) ? seat : NULL;

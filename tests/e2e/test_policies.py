@@ -379,6 +379,9 @@ def test_by_names_and_without_a_port(world: World) -> None:
         assert (got, {check["to"]["port"] for check in answer["checks"]}) == (status, {8080}), caller
         assert {check["answered_by"] for check in answer["checks"]} == {"node2"}
         assert len({check["to"]["address"] for check in answer["checks"]}) == 2, "both families"
+    stranger = "spiffe://elsewhere/ns/namespace/sa/account"  # of another trust domain: no matter what the policy says
+    got, answer = world.command("authz", "check", stranger, "namespace/server")
+    assert got == 1 and all("trust domain is elsewhere" in check["reason"] for check in answer["checks"])
     got, answer = world.command("authz", "check", "namespace/plain", "namespace/server")
     assert got == 1 and answer["checks"][0]["from"]["identity"] == ""
     assert any("namespace/plain is not enrolled" in note for note in answer["notes"])

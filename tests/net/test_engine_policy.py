@@ -506,6 +506,48 @@ def test_a_new_pod_and_a_deny_that_was_there_before(tmp_path: Path, way: str) ->
         assert outcome == [True]
 
 
+def test_nobody_is_let_in_for_lack_of_data(tmp_path: Path) -> None:
+    """A pod whose own record has not come, and one whose record names a policy that has not, before their first
+    complete state: who comes is held, and then reset. All ways at once, for each waits its time; what each lacks is in
+    the log. With the data the same ways are open.
+    """
+    with Nodes(tmp_path, {"client": 0, "near": 0, "server": 1}) as nodes:
+        mesh, server, near = Mesh(nodes), nodes["server"], nodes["near"]
+        records = [nodes.record(pod) for pod in nodes.pods.values()]
+        records[1].workload.authorization_policies.append("default/never")
+        mesh.engine(nodes["client"]).apply(
+            [batch.Record(batch.Op.ADDRESS_SET, each.workload.uid, "1", each.SerializeToString()) for each in records]
+        )
+        outcome: dict[str, bool] = {}
+
+        def call(way: str, family: int) -> None:
+            outcome[f"{way} {family}"] = refused(mesh.caller(way), mesh.target(way).address(family))
+
+        with ExitStack() as stack:
+            listeners = [
+                stack.enter_context(listen(pod.path, pod.address(family), PORT))
+                for pod in (server, near)
+                for family in (4, 6)
+            ]
+            threads = [threading.Thread(target=call, args=(way, family)) for way in WAYS for family in (4, 6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for listener in listeners:
+                listener.settimeout(0)
+                with pytest.raises(BlockingIOError):
+                    listener.accept()
+        assert outcome == {f"{way} {family}": True for way in WAYS for family in (4, 6)}
+        logged(mesh, server, f"no record of {server.workload} within 5 s", 2)
+        logged(mesh, server, "no certificate or record of the pod within 5 s", 2)
+        logged(mesh, nodes["client"], "policy not received yet: default/never", 2)
+        nodes.publish()
+        for way in WAYS:
+            with conversation(mesh, way):
+                pass
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_undecodable_policies_keep_what_was_good_or_close_the_namespace(mesh: Mesh, way: str) -> None:
     pod = mesh.target(way)

@@ -121,6 +121,44 @@ def endpoint(nodes: Nodes, pod: Pod, capacity: int, healthy: bool = True) -> pb.
     return record
 
 
+def of_one_family(nodes: Nodes, pod: Pod, family: int) -> pb.Address:
+    """An endpoint that has an address of that family only."""
+    record = endpoint(nodes, pod, 1)
+    record.workload.addresses[:] = [ipaddress.ip_address(pod.address(family)).packed]
+    return record
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_service_whose_endpoints_have_different_families(nodes: Nodes, family: int) -> None:
+    """The VIP's family goes first; an endpoint of the other one only where there is no other, on both ways."""
+    vips = ["10.99.0.1", "fd99::1"]
+    vip, other = vips[family == 6], 10 - family
+    client = nodes["client"]
+    try:
+        for ours, theirs in (("server", "near"), ("near", "server")):
+            nodes.apply(
+                service(vips),
+                of_one_family(nodes, nodes[ours], family),
+                of_one_family(nodes, nodes[theirs], other),
+            )
+            with (
+                listen(nodes[ours].path, nodes[ours].address(family), PORT) as here,
+                listen(nodes[theirs].path, nodes[theirs].address(other), PORT) as there,
+            ):
+                for _ in range(20):
+                    with connect(client.path, vip, 80):
+                        accepted, peer = here.accept()
+                        accepted.close()
+                        assert peer[0] == client.address(family)
+                nodes.apply(endpoint(nodes, nodes[ours], 1, healthy=False))
+                with connect(client.path, vip, 80):
+                    accepted, peer = there.accept()
+                    accepted.close()
+                    assert peer[0] == client.address(other)
+    finally:
+        nodes.publish()
+
+
 @pytest.mark.parametrize("family", [4, 6])
 def test_services_by_capacity_and_health(nodes: Nodes, family: int) -> None:
     vips = ["10.99.0.1", "fd99::1"]

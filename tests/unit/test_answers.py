@@ -256,6 +256,39 @@ def test_what_people_read() -> None:
     assert unknown.startswith("cannot say: ") and "no identity (clear text)" in unknown
 
 
+@pytest.mark.parametrize(
+    ("identity", "workload", "allow"),
+    [
+        (f"spiffe://{TD}/ns/shop/sa/web", "db", True),
+        ("", "db", True),
+        ("spiffe://elsewhere/ns/shop/sa/web", "db", False),
+        (f"spiffe://{TD}.elsewhere/ns/shop/sa/web", "db", False),
+        ("spiffe://elsewhere/ns/shop/sa/web", "", True),  # nothing is known about the destination: as it was
+    ],
+)
+def test_a_stranger_does_not_come_as_far_as_policy(identity: str, workload: str, allow: bool) -> None:
+    answer = {"allow": True, "policy": "shop/p", "rule": 0, "reason": "allowed by: shop/p", "workload": workload}
+    found = authz.judged(TD, identity, answer)
+    assert found["allow"] is allow
+    assert found == answer if allow else (found["policy"], found["rule"]) == ("", -1)
+    assert allow or "refused in the handshake" in found["reason"]
+
+
+def test_who_cannot_prove_who_it_is_is_told() -> None:
+    """A certificate that is missing or has ended, of somebody who was asked about."""
+    held = {
+        "n2": [{"identity": "spiffe://x", "state": "expired", "error": "UNAVAILABLE: away"}],
+        "n1": [
+            {"identity": "spiffe://x", "state": "available", "error": "away"},
+            {"identity": "spiffe://y", "state": "missing", "error": ""},
+            {"identity": "spiffe://z", "state": "missing", "error": ""},
+        ],
+    }
+    first, second = authz.uncertified({"spiffe://x", "spiffe://y", ""}, held)
+    assert first.startswith("spiffe://y has no valid certificate on n1: it is missing; connections")
+    assert second.startswith("spiffe://x has no valid certificate on n2: it is expired (UNAVAILABLE: away); ")
+
+
 POLICY_LINES = [
     ({"matched": True, "rule": 2}, "(DENY) matches by rules[2]"),
     ({"dry_run": True, "matched": True, "rule": 0}, "(DENY, dry run: it decides nothing) matches by rules[0]"),

@@ -13,7 +13,7 @@ import ipaddress
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -42,7 +42,7 @@ NAMES = """\
 FROM and TO are one of
   NAMESPACE/POD          a pod, by the name in the API
   NAMESPACE/sa/ACCOUNT   a service account: every pod that runs with it
-  spiffe://TD/ns/N/sa/A  the same by identity (FROM may be of another trust domain)
+  spiffe://TD/ns/N/sa/A  the same by identity (one of another trust domain is refused, whatever policies say)
   ADDRESS                IPv4 or IPv6, of a pod, of a Service or of somebody outside
 TO may end in :PORT, an IPv6 address with a port is written [ADDRESS]:PORT. Without a port every port is asked that
 the pod declares or a Service leads to.
@@ -89,6 +89,7 @@ class Target:
     node: str
     address: str
     port: int
+    identity: str = ""
 
 
 def parse(text: str, port: bool) -> Name:
@@ -198,13 +199,18 @@ def _address_targets(mesh: Mesh, name: Name, notes: list[str]) -> list[Target]:
         wanted = sorted({int(to) for at, to in ports.items() if name.port in (0, int(at))})
         if wanted and _enrolled(each):
             same = [ip for ip in each.get("workloadIps") or () if family(ip) == family(name.address)]
-            found += [Target(_called(each), str(each.get("node") or ""), ip, port) for ip in same for port in wanted]
+            found += [_target(each, ip, port) for ip in same for port in wanted]
         elif wanted:
             notes.append(_not_guarded(each))
     if not found:
         at = f" with port {name.port}" if name.port else ""
         raise NodeError(f"{name} is Service {key}, and it has no endpoint{at} that the mesh guards")
     return found
+
+
+def _target(workload: Row, address: str, port: int) -> Target:
+    node, identity = str(workload.get("node") or ""), str(workload.get("identity") or "")
+    return Target(_called(workload), node, address, port, identity)
 
 
 def _guarded(
@@ -221,7 +227,7 @@ def _guarded(
             called = _called(each)
             missing.append(f"{called} declares no port and no Service leads to it: say {called}:PORT")
         for ip in addresses.get(str(each.get("uid"))) or each.get("workloadIps") or ():
-            found += [Target(_called(each), str(each.get("node") or ""), ip, number) for number in ports]
+            found += [_target(each, ip, number) for number in ports]
     if not found:
         raise NodeError("; ".join(missing) or "it has no address in the mesh")
     notes += missing
@@ -296,7 +302,7 @@ def ask(mesh: Mesh, caller: Caller, target: Target, notes: list[str]) -> dict[st
             "destination": endpoint(target.address, target.port),
         }
     )
-    answer = agent.node.ask(f"/authz?{query}")
+    answer = judged(mesh.trust_domain, caller.identity, agent.node.ask(f"/authz?{query}"))
     return {
         "from": {"name": caller.name, "identity": caller.identity, "address": caller.address},
         "to": {"name": target.name, "node": target.node, "address": target.address, "port": target.port},
@@ -308,6 +314,42 @@ def ask(mesh: Mesh, caller: Caller, target: Target, notes: list[str]) -> dict[st
         "policies": answer.get("policies") or [],
         "answered_by": str(answer.get("node") or ""),
     }
+
+
+def judged(trust_domain: str, identity: str, answer: Row) -> Row:
+    """The engine's answer about policy; of a caller of another trust domain what happens before any policy is asked:
+    its certificate is refused in the handshake. Pure.
+    """
+    theirs = identity.removeprefix("spiffe://").partition("/")[0]
+    if not identity or theirs == trust_domain or not answer.get("workload"):
+        return answer
+    why = f"refused in the handshake, before any policy: its trust domain is {theirs}, this mesh's is {trust_domain}"
+    return {**answer, "allow": False, "policy": "", "rule": -1, "reason": why}
+
+
+def _certificates(mesh: Mesh, notes: list[str]) -> dict[str, Iterable[Row]]:
+    """By node."""
+    found: dict[str, Iterable[Row]] = {}
+    for agent in mesh.agents:
+        try:
+            found[agent.name] = agent.node.ask("/certificates")
+        except NodeError as error:
+            notes.append(str(error))
+    return found
+
+
+def uncertified(identities: Collection[str], held: Mapping[str, Iterable[Row]]) -> list[str]:
+    """Who of these cannot prove who it is now, by node: policy may allow it, the connection fails. Pure."""
+    found = []
+    for node, certificates in sorted(held.items()):
+        for each in certificates:
+            if each["identity"] in identities and each["state"] != "available":
+                why = f" ({each['error']})" if each.get("error") else ""
+                found.append(
+                    f"{each['identity']} has no valid certificate on {node}: it is {each['state']}{why}; "
+                    "connections of its pods there are refused, whatever policies say"
+                )
+    return found
 
 
 def status_of(checks: Sequence[Row]) -> int:
@@ -341,6 +383,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = pairs(callers(mesh, asked_from, notes), targets(mesh, asked_to, notes), notes)
         for caller, target in chosen[:CHECKS_MAX]:
             checks.append(ask(mesh, caller, target, notes))
+        notes += uncertified({each.identity for pair in chosen for each in pair}, _certificates(mesh, notes))
         unsaid = not_as_written(mesh)
         for name in dict.fromkeys(each["name"] for check in checks for each in check["policies"]):
             if name in unsaid:
