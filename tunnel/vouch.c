@@ -15,6 +15,11 @@
  *
  * and is forgotten, its slot free, when it is not open, no socket carries it, and no note can be under way.
  *
+ * What an engine before this one had allowed comes back with the pods whose sockets carry it, closed. Pods and state
+ * come in pieces: until the agent has said that the state is whole (tunnel_whole) nothing new is allowed, and a flow is
+ * cut only by a policy that denies it, for no other piece can change that. Then an end that is no pod of ours (it left
+ * the mesh with the flow open) is who the state says.
+ *
  * Workers make allowances, right after they have decided about a connection of the pair. Who takes them back is the
  * control thread: after every worker has put a new state into force (tunnel_apply), and before that is answered, it
  * judges all of them by it, so one that was made by an older state is among them. What is not clearly so any more (a
@@ -59,6 +64,7 @@ struct allowance {
         struct allowance *next; /* same bucket */
         uint32_t slot, generation;
         bool open, counted; /* counted: opened_before is of this look */
+        bool inherited;     /* an engine before this one counted its flows: those that are open are to be told */
         struct addr src;
         struct endpoint dst;
         struct pod *source, *target; /* NULL: not here (any more) */
@@ -230,8 +236,21 @@ static bool look_at(const struct vouch *v, struct pod *pod, int fates, struct si
 /* -- sockets --------------------------------------------------------------------------------------------------------
  */
 
+/* Where sockets of one pod are ended, of one after another. */
+struct ender {
+        struct pod *pod;
+        int fd;
+};
+
+static void ender_close(struct ender *e)
+{
+        if (e->pod && e->fd >= 0)
+                close(e->fd);
+        e->pod = NULL;
+}
+
 /* Ends a socket of the pod's with a reset. 0, -ENOENT: it is gone; -errno. */
-static int destroy(struct pod *p, const struct vouch_flow *flow)
+static int destroy(struct ender *e, struct pod *p, const struct vouch_flow *flow)
 {
         struct {
                 struct nlmsghdr header;
@@ -246,9 +265,16 @@ static int destroy(struct pod *p, const struct vouch_flow *flow)
         memset(&ask, 0, sizeof(ask));
         memcpy(local.ip, flow->local, 16);
         bool four = addr_is_v4(&local);
-        int fd = pod_socket(p, AF_NETLINK, SOCK_RAW, NETLINK_SOCK_DIAG), result = 0;
-        if (fd < 0)
-                return fd;
+        int result = 0;
+        if (e->pod != p) {
+                struct timeval limit = {.tv_sec = 1};
+                ender_close(e);
+                e->fd = pod_socket(p, AF_NETLINK, SOCK_RAW, NETLINK_SOCK_DIAG);
+                e->pod = p;
+                setsockopt(e->fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+        }
+        if (e->fd < 0)
+                return e->fd;
         ask.header.nlmsg_len = sizeof(ask);
         ask.header.nlmsg_type = SOCK_DESTROY;
         ask.header.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK;
@@ -261,13 +287,12 @@ static int destroy(struct pod *p, const struct vouch_flow *flow)
         memcpy(ask.request.id.idiag_dst, flow->remote + (four ? 12 : 0), four ? 4 : 16);
         ask.request.id.idiag_cookie[0] = (uint32_t)flow->cookie;
         ask.request.id.idiag_cookie[1] = (uint32_t)(flow->cookie >> 32);
-        struct timeval limit = {.tv_sec = 1};
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-        if (send(fd, &ask, sizeof(ask), 0) < 0 || recv(fd, &answer, sizeof(answer), 0) < 0)
+        if (send(e->fd, &ask, sizeof(ask), 0) < 0 || recv(e->fd, &answer, sizeof(answer), 0) < 0)
                 result = -errno;
         else if (answer.header.nlmsg_type == NLMSG_ERROR)
                 result = answer.error.error;
-        close(fd);
+        if (result == -EAGAIN) /* its answer would be the next one's */
+                ender_close(e);
         return result == -ESTALE ? -ENOENT : result;
 }
 
@@ -451,7 +476,7 @@ void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pai
 {
         uint32_t slot;
         int64_t left_s = pair->until_s - (int64_t)time(NULL);
-        if (!atomic_load(&v->on) || left_s <= 0)
+        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole) || left_s <= 0)
                 return;
         if (left_s > UNTIL_S)
                 left_s = UNTIL_S;
@@ -612,15 +637,22 @@ static void tick(struct vouch *v)
                 return;
         }
         bool all = look(v, &s, &seen);
+        struct ender e = {0};
         for (size_t i = 0; i < s.n; i++) /* what was cut and is still there */
                 if (s.at[i].flow.slot < VOUCH_MAX_SLOTS &&
                     s.at[i].flow.generation != generation_of(v, s.at[i].flow.slot))
-                        destroy(s.at[i].pod, &s.at[i].flow);
+                        destroy(&e, s.at[i].pod, &s.at[i].flow);
+        ender_close(&e);
         pthread_mutex_lock(&v->lock);
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS && all; i++) {
                 struct allowance *a = v->by_slot[i];
                 if (!a || !a->counted)
                         continue;
+                if (a->inherited && a->set[0]) { /* those that are open were opened for this engine's counters too */
+                        uint64_t live = a->live[a->source ? 0 : 1];
+                        a->told_opened = a->told_closed = a->opened_before > live ? a->opened_before - live : 0;
+                        a->inherited = false;
+                }
                 fold(v, a);
                 if (a->open && !a->live[0] && !a->live[1] && now - a->used_ms > IDLE_MS)
                         shut(v, a);
@@ -649,17 +681,18 @@ void vouch_each(struct vouch *v, void (*each)(void *arg, const struct vouch_seen
         for (size_t i = 0; i < s.n; i++) {
                 const struct vouch_flow *f = &s.at[i].flow;
                 struct allowance *a = f->slot < VOUCH_MAX_SLOTS ? v->by_slot[f->slot] : NULL;
-                if (!f->opened || !a)
+                /* Of two ends the one that opened it; the other where that one has left the mesh. */
+                if (!a || (!f->opened && a->source))
                         continue;
                 struct vouch_seen one = {.pod = s.at[i].pod->name,
                                          .namespace_ = s.at[i].pod->namespace_,
-                                         .identity_peer = a->dst_identity,
-                                         .src.port = f->local_port,
+                                         .identity_peer = f->opened ? a->dst_identity : a->src_identity,
+                                         .inbound = !f->opened,
+                                         .src = {.addr = a->src, .port = f->opened ? f->local_port : f->remote_port},
                                          .dst = a->dst,
                                          .sent = f->bytes,
                                          .age_ms = now - f->since / 1000000};
-                memcpy(one.src.addr.ip, f->local, 16);
-                for (size_t k = 0; k < s.n; k++) {
+                for (size_t k = 0; k < s.n && f->opened; k++) {
                         const struct vouch_flow *o = &s.at[k].flow;
                         if (o->slot == f->slot && !o->opened && o->remote_port == f->local_port)
                                 one.received = o->bytes;
@@ -695,7 +728,8 @@ static void *watch(void *arg)
 
 enum judgement { STAYS, SHUTS, CUTS };
 
-static enum judgement judge(const struct mesh_view *view, const struct allowance *a, struct rbac_verdict *verdict)
+static enum judgement judge(const struct vouch *v, const struct mesh_view *view, const struct allowance *a,
+                            struct rbac_verdict *verdict)
 {
         const struct workload *own = view_workload(view, a->src_uid);
         struct workload gone = {.namespace_ = a->target ? a->target->namespace_ : ""};
@@ -707,10 +741,11 @@ static enum judgement judge(const struct mesh_view *view, const struct allowance
         memset(verdict, 0, sizeof(*verdict));
         verdict->policy = "";
         verdict->reason = RBAC_NOT_ALLOWED;
-        if (at && strcmp(at->uid, a->dst_uid) != 0)
+        bool whole = atomic_load(&v->engine->whole);
+        if (whole && at && strcmp(at->uid, a->dst_uid) != 0)
                 return CUTS; /* the address is another's by now */
         rbac_decide(view, dst ? dst : &gone, &request, verdict);
-        bool whole = dst && a->target && atomic_load(&a->target->complete);
+        whole = whole && dst && a->target && !view_policy_missing(view, dst);
         if (!verdict->allow && (verdict->reason == RBAC_DENIED || (whole && verdict->reason != RBAC_NOT_RECEIVED)))
                 return CUTS;
         if (!own || !at || !verdict->allow || verdict->dry_run || own->record != a->src_record ||
@@ -750,6 +785,24 @@ static void tell_cut(struct vouch *v, const struct allowance *a, const struct vo
                   a->src_identity, a->dst_identity, policy);
 }
 
+/* Who the ends of what was taken over are that are no pods of ours: whom the whole state has at their addresses. */
+static void resolve(struct vouch *v, const struct mesh_view *view, struct allowance *a)
+{
+        const struct workload *w;
+        if (!atomic_load(&v->engine->whole))
+                return;
+        if (!*a->src_uid && (w = view_workload_at(view, &a->src))) {
+                text_set(&a->src_uid, w->uid);
+                text_set(&a->src_identity, w->identity);
+                text_set(&a->src_name, w->name);
+                text_set(&a->src_namespace, w->namespace_);
+        }
+        if (!*a->dst_uid && (w = view_workload_at(view, &a->dst.addr))) {
+                text_set(&a->dst_uid, w->uid);
+                text_set(&a->dst_identity, w->identity);
+        }
+}
+
 /* Label sets of what was taken over, once there are records. */
 static void hold_sets(struct vouch *v, const struct mesh_view *view, struct allowance *a)
 {
@@ -769,10 +822,12 @@ static void hold_sets(struct vouch *v, const struct mesh_view *view, struct allo
 /* Destroys the ends of flows that were cut: those that opened them, or the others. */
 static void end_all(const struct sights *s, const bool *gone, bool opened)
 {
+        struct ender e = {0};
         for (size_t i = 0; i < s->n; i++)
                 if (s->at[i].flow.slot < VOUCH_MAX_SLOTS && gone[s->at[i].flow.slot] &&
                     (s->at[i].flow.opened != 0) == opened)
-                        destroy(s->at[i].pod, &s->at[i].flow);
+                        destroy(&e, s->at[i].pod, &s->at[i].flow);
+        ender_close(&e);
 }
 
 /* Makes every flow of the slot worthless. With the lock held. */
@@ -804,7 +859,7 @@ static void finish(struct vouch *v, const bool *gone, const struct mesh_view *vi
                 left |= !f->opened;
                 if (!f->opened || !view)
                         continue;
-                judge(view, a, &verdict);
+                judge(v, view, a, &verdict);
                 tell_cut(v, a, f, verdict.policy, rbac_text(&verdict, reason, sizeof(reason)));
         }
         pthread_mutex_unlock(&v->lock);
@@ -837,11 +892,14 @@ void vouch_review(struct vouch *v)
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
                 struct allowance *a = v->by_slot[i];
                 struct rbac_verdict verdict;
+                if (!a)
+                        continue;
+                resolve(v, view, a);
                 /* Taken over, and its source is not known yet. */
-                if (!a || (!*a->src_uid && clock_ms() - a->closed_ms < STRAY_MS))
+                if (!*a->src_uid && clock_ms() - a->closed_ms < STRAY_MS)
                         continue;
                 hold_sets(v, view, a);
-                enum judgement now = judge(view, a, &verdict);
+                enum judgement now = judge(v, view, a, &verdict);
                 if (now != STAYS)
                         shut(v, a);
                 if (now == CUTS && cut(v, a))
@@ -948,11 +1006,8 @@ static void take_over(struct vouch *v, struct pod *p, const struct sights *s)
                                 continue;
                         a->generation = f->generation;
                         a->closed_ms = clock_ms();
+                        a->inherited = true;
                         told_all(v, a);
-                }
-                if (f->opened && !a->set[0]) { /* open ones were opened for this engine's counters too */
-                        a->told_opened--;
-                        a->told_closed--;
                 }
         }
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
@@ -967,7 +1022,8 @@ static void take_over(struct vouch *v, struct pod *p, const struct sights *s)
         for (struct member *m = v->members; m; m = m->next)
                 for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
                         struct allowance *a = v->by_slot[i];
-                        if (a && !a->target && !*a->dst_uid && pod_has(m->pod, &a->dst.addr))
+                        if (a && !a->target && pod_has(m->pod, &a->dst.addr) &&
+                            (!*a->dst_uid || strcmp(a->dst_uid, m->pod->workload) == 0))
                                 bind_target(a, m->pod);
                 }
 }
