@@ -392,7 +392,7 @@ static __always_inline void accepted(struct bpf_sock *sk, struct packet *p, stru
                         now->fate = FATE_VOUCHED;
                         now->slot = syn->slot;
                         now->generation = syn->generation;
-                        now->next = p->seq;
+                        now->next = p->seq + p->syn; /* Fast Open: the SYN-ACK is the accepted socket's */
                         now->since = syn->when;
                         bpf_map_delete_elem(&pending, &t);
                 }
@@ -500,6 +500,15 @@ static __always_inline int vouched_leaves(struct __sk_buff *skb, struct bpf_sock
         return pass(COUNT_VOUCHED);
 }
 
+/* No memory for an accepted socket's fate: it is captured, and whoever calls next comes by way of the engine. */
+static __always_inline int turn_unknown(struct __sk_buff *skb, struct capture_fated *now)
+{
+        struct vouch_slot *s = now->fate == FATE_VOUCHED ? slot_of(now->slot, now->generation) : NULL;
+        if (s)
+                s->full = bpf_ktime_get_ns();
+        return turn(skb);
+}
+
 /* An application's TCP socket sends: what becomes of the packet. */
 static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, struct packet *p, __u32 m)
 {
@@ -538,7 +547,7 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                         accepted(sk, p, &now);
                         fated = bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
                         if (!fated)
-                                return turn(skb);
+                                return turn_unknown(skb, &now);
                 } else if (m != MODE_STRICT && (!fated || fated->fate == FATE_NOTED)) {
                         /* Seen for the first time in the middle: the engine's other end, or a connection from before.
                          */
@@ -832,7 +841,7 @@ int steer(struct bpf_sk_lookup *ctx)
                 return SK_PASS;
         }
         probe = bpf_map_lookup_elem(&pending, &t);
-        if (probe && probe->open && bpf_ktime_get_ns() - probe->when < KUBELET_NOTE_NS &&
+        if (probe && probe->open && bpf_ktime_get_ns() - probe->when < VOUCH_PENDING_NS &&
             slot_of(probe->slot, probe->generation)) {
                 if (probe->open == 1) {
                         probe->open = 2;
