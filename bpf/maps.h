@@ -21,13 +21,14 @@
                        */
 #define VOUCH_MAX_NOTES 4096
 #define VOUCH_MAX_SLOTS 8192
-#define VOUCH_MAX_VERDICTS 1024         /* of a pod */
-#define VOUCH_MAX_PENDING 2048          /* of a pod */
-#define VOUCH_ENDED_BYTES (512 * 1024)  /* of records of flows that ended: 9 000 */
-#define VOUCH_CUT_NS 1000000000ULL      /* how long the engine has to destroy the sockets of flows that it ends */
-#define VOUCH_FULL_NS 5000000000ULL     /* how long the engine has the pair after that */
-#define VOUCH_STALE_NS 5000000000ULL    /* a note's, until it is swept; worthless long before */
-#define KUBELET_REPLY_NS 30000000000ULL /* until when the application's socket must have sent its first packet */
+#define VOUCH_MAX_VERDICTS 1024          /* of a pod */
+#define VOUCH_MAX_PENDING 2048           /* of a pod */
+#define VOUCH_ENDED_BYTES (512 * 1024)   /* of records of flows that ended: 9 000 */
+#define VOUCH_CUT_NS 1000000000ULL       /* how long the engine has to destroy the sockets of flows that it ends */
+#define VOUCH_FULL_NS 5000000000ULL      /* how long the engine has the pair after that */
+#define VOUCH_STALE_NS 5000000000ULL     /* a note's, until it is swept; worthless long before */
+#define VOUCH_PENDING_NS 120000000000ULL /* that of a SYN that became no socket: longer than any handshake */
+#define KUBELET_REPLY_NS 30000000000ULL  /* until when the application's socket must have sent its first packet */
 
 /* cdef begin */
 enum capture_slot { SLOT_OUTBOUND = 0, SLOT_INBOUND = 1, SLOT_HBONE = 2, SLOT_COUNT = 3 };

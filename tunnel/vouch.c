@@ -694,7 +694,6 @@ static void tick(struct vouch *v)
 {
         struct sights s;
         struct member *seen;
-        uint64_t now = clock_ms();
         pthread_mutex_lock(&v->look);
         if (!v->slots || (!atomic_load(&v->count) && !v->strays)) {
                 pthread_mutex_unlock(&v->look);
@@ -721,6 +720,7 @@ static void tick(struct vouch *v)
                         a->inherited = false;
                 }
                 fold(v, a, drained);
+                uint64_t now = clock_ms(); /* not before what was noted of it */
                 if (a->open && !a->live[0] && !a->live[1] && now - a->used_ms > IDLE_MS)
                         shut(v, a);
                 if (!a->open && !a->live[0] && !a->live[1] && now - a->closed_ms > NOTE_MS) {
@@ -728,7 +728,7 @@ static void tick(struct vouch *v)
                         allowance_free(v, a, true);
                 }
         }
-        if (all && v->strays && now - v->since_ms > STRAY_MS)
+        if (all && v->strays && clock_ms() - v->since_ms > STRAY_MS)
                 strays_free(v, &s);
         pthread_mutex_unlock(&v->lock);
         forget(&s, seen);
