@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-COLOURS = {"floor": "#9aa5b1", "sidestep": "#1f6feb", "envoy": "#d29922", "peer": "#8957e5"}
+COLOURS = {"floor": "#9aa5b1", "sidestep": "#1f6feb", "native": "#0a3069", "envoy": "#d29922", "peer": "#8957e5"}
 OTHER = "#57ab5a"
 LEFT, WIDTH, BAR, GAP, TOP = 340, 560, 12, 14, 64
 FULL = 1.1  # the largest share that is drawn
