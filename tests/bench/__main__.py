@@ -34,11 +34,11 @@ from tests.bench.peer import CONTRACT
 from tests.bench.plot import svg
 from tests.bench.results import FAST, OURS, RIVAL, Result, collect
 from tests.bench.rows import ALL, PEAK, PLACES, Row
-from tests.bench.targets import NAMES, Target, targets
+from tests.bench.targets import NAMES, Target, accelerates, targets
 from tests.bench.verdicts import SINGLES, missed
 
 DOCS = ROOT / "docs"
-USUAL = NAMES[:-1]
+USUAL = tuple(name for name in NAMES if name != "peer" and (name != FAST or accelerates()))
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The rows; single figures of the same labs (idle and stalled connections, enrolment, killed engines); the rest, each in
 # surroundings of its own.

@@ -6,12 +6,15 @@ and, from counters of its own and of the link between the nodes, whether a run w
 not is aborted, whatever its figures.
 """
 
+import argparse
 import contextlib
+import io
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from sidestep.node import command
 from tests.bench import envoy as envoy_pair
 from tests.bench import floor as floor_pair
 from tests.bench.envoy import Sidecars, sidecars
@@ -25,6 +28,21 @@ from tests.harness.netns import inside
 NAMES = ("plain", "floor", "sidestep", "native", "envoy", "peer")
 PRIMED_S = 10.0
 STRAY = 1_000_000  # bytes on the link that are nobody's load: API, xDS, neighbours
+
+
+def accelerates() -> bool:
+    """Whether this build's agent knows the acceleration of one node."""
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            parser.parse_args(["agent", *_AGENT, "--same-node=native"])
+    except SystemExit:
+        return False
+    return True
+
+
+_AGENT = ("--node=n", "--node-ip=::1", "--engine-socket=s", "--run-dir=r", "--bpf-dir=b")
 
 
 class Target:

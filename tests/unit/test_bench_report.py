@@ -13,6 +13,7 @@ from tests.bench.plot import svg
 from tests.bench.report import markdown, number, problems, table, verdict_line
 from tests.bench.results import Result, spread
 from tests.bench.rows import FIXED, ROWS
+from tests.bench.targets import NAMES, accelerates
 from tests.bench.verdicts import SINGLES, Single, lines, missed
 
 
@@ -151,9 +152,10 @@ def test_the_plot_is_a_picture_of_the_shares() -> None:
 
 
 def test_the_command_line() -> None:
-    assert arguments([]).targets == ["plain", "floor", "sidestep", "native", "envoy"]
+    usual = [name for name in NAMES if name != "peer" and (name != "native" or accelerates())]
+    assert arguments([]).targets == usual
     assert arguments(["--targets", "envoy"]).targets == ["plain", "envoy"]
-    assert arguments(["--peer", "x"]).targets == ["plain", "floor", "sidestep", "native", "envoy", "peer"]
+    assert arguments(["--peer", "x"]).targets == [*usual, "peer"]
     assert arguments(["--variant", "off=--agent-arg=--x=y --z"]).variant == [("off", ["--agent-arg=--x=y", "--z"])]
     assert arguments(["--rows", "bulk"]).only == ["rows"]
     assert arguments(["--write-docs", "--peer", "x", "--rounds", "7"]).write_docs
