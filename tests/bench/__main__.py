@@ -195,6 +195,9 @@ class Run:
             if "policies" in options.only:
                 with self.noting("policies: decisions", *policies.DECISIONS):
                     self.singles |= policies.decided()
+                if FAST in options.targets:
+                    with self.noting("policies: native flows", "cut"):
+                        self.singles["cut"] = policies.cut(rounds)
                 with self.noting("policies: changes", *policies.CHANGES):
                     self.singles |= policies.changed(
                         rounds, policies.CONNECTIONS // 20 if options.quick else policies.CONNECTIONS

@@ -23,7 +23,7 @@ from tests.tunnel.policy_model import Connection, Policy, Workload
 
 CALLER = "spiffe://cluster.local/ns/default/sa/client"
 PORT = 7200
-POLICIES, CONNECTIONS = 1000, 10_000
+POLICIES, CONNECTIONS, NATIVE = 1000, 10_000, 1000
 DECISIONS = ("decide_1", "decide_100", "decide_10000", "decide_flat")
 CHANGES = ("change_0", "change_1000", "change_9000")
 
@@ -119,7 +119,7 @@ for line in sys.stdin:
     for fd in gone:
         try:
             assert kept[fd].recv(1) == b"" and False
-        except ConnectionResetError:
+        except (ConnectionResetError, ConnectionAbortedError):
             kept.pop(fd).close()
     assert not poll.poll(0)
     print(len(gone), flush=True)
@@ -155,25 +155,62 @@ def live(
             stack.callback(end, start(server, SERVE, server.address(), str(PORT + i)))
         holder = start(client, HOLD, server.address(), str(PORT), str(connections))
         stack.callback(end, holder)
-        assert holder.stdin is not None
-        assert holder.stdout is not None
         changes: tuple[tuple[str, int, dict[str, Any]], ...] = (
             ("change_0", 0, {"destinationPorts": [1]}),
             ("change_0", 0, {"destinationPorts": [2]}),
             ("change_1000", connections // 10, {"destinationPorts": [PORT]}),
             ("change_9000", connections - connections // 10, {"sourceIps": [f"{client.address()}/32"]}),
         )
-        for number, (key, expected, match) in enumerate(changes):
-            policy = {**five[0], "rules": [[[match]]]}
-            holder.stdin.write(f"{expected}\n")
-            holder.stdin.flush()
-            began = time.monotonic()
-            took = apply(engine, model.records([policy], f"change-{number}"))
-            heard = float(holder.stdout.readline() or "nan") - began
-            if holder.stdout.readline() != f"{expected}\n":
-                raise LoadError(f"{key}: not the connections that were to be denied")
-            results[key].append(1000 * (max(took, heard) if expected else took))
+        for key, expected, match in changes:
+            results[key].append(1000 * denied(engine, holder, {**five[0], "rules": [[[match]]]}, expected))
     return results
+
+
+def cut(rounds: int) -> list[float]:
+    """Milliseconds from APPLY of a policy until it is answered and the last of NATIVE connections of one node, which
+    the engine does not carry, has ended. Raises LoadError."""
+    took = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name, ExitStack() as stack:
+            pods = {"client": 0, "near": 0}
+            nodes = stack.enter_context(Nodes(Path(name), pods, workers=2, same_node="native", engines=(True, False)))
+            nodes.publish()
+            engine, near = nodes.clients[0], nodes["near"]
+            assert engine is not None
+            for i in range(10):
+                stack.callback(end, start(near, SERVE, near.address(), str(PORT + i)))
+            # The first connection to each port is the engine's, which allows the pair.
+            end(start(nodes["client"], HOLD, near.address(), str(PORT), "10"))
+            before = carried(engine)
+            holder = start(nodes["client"], HOLD, near.address(), str(PORT), str(NATIVE))
+            stack.callback(end, holder)
+            if carried(engine) != before:
+                raise LoadError(f"the engine carried {carried(engine) - before} of {NATIVE} native connections")
+            five, _ = selecting()
+            policy = {**five[0], "rules": [[[{"sourceIps": [f"{nodes['client'].address()}/32"]}]]]}
+            took.append(1000 * denied(engine, holder, policy, NATIVE))
+    return took
+
+
+def carried(engine: Client) -> int:
+    """Connections between two pods of its node that went through the engine."""
+    name = "sidestep_same_node_connections_total "
+    return sum(int(line.split()[1]) for line in engine.metrics().splitlines() if line.startswith(name))
+
+
+def denied(engine: Client, holder: "subprocess.Popen[str]", policy: Policy, expected: int) -> float:
+    """Applies a policy. Returns seconds until it was in force and so many of the holder's connections had ended. Raises
+    LoadError where others did, or fewer."""
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    holder.stdin.write(f"{expected}\n")
+    holder.stdin.flush()
+    began = time.monotonic()
+    took = apply(engine, model.records([policy], f"{began}"))
+    heard = float(holder.stdout.readline() or "nan") - began
+    if holder.stdout.readline() != f"{expected}\n":
+        raise LoadError("not the connections that were to be denied")
+    return max(took, heard) if expected else took
 
 
 def apply(engine: Client, records: Sequence[batch.Record]) -> float:

@@ -90,7 +90,7 @@ SINGLES: dict[str, Single] = {
     "fleet_mesh": Single(
         f"less memory than {FLEET} Envoy sidecars that know the whole mesh", "%", 95, least=True
     ),
-    "cut": Single("a policy that denies a pair with native flows: until they have ended", "ms", 100, worst=True),
+    "cut": Single("a policy that denies 1 000 open native flows: until the last has ended", "ms", 100, worst=True),
     "enrol": Single("enrolment of a namespace of 11 pods", "s"),
     "release": Single("release of a namespace of 11 pods", "s"),
     "start_full": Single(f"{_LARGE}: from the start of the agent until all is in force", "s"),
