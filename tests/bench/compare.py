@@ -3,7 +3,8 @@
 The rule: a figure changed when the ranges of the two runs (smallest to largest of the rounds) do not overlap and the
 medians differ by at least LEAST. With five rounds on each side, ranges that do not overlap come by chance once in 126
 times for a figure that did not change; among a hundred figures one may do so, hence the second condition, and hence:
-look twice at a figure that changed alone. Of sidestep and its rivals the shares of the plain network are compared, so
+look twice at a figure that changed alone. Single figures that were measured once in a run have no range: of them only
+the verdict is compared. Of sidestep and its rivals the shares of the plain network are compared, so
 that the machine's mood is in both; rates of the plain network tell whether it was the same machine at all.
 """
 
@@ -13,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.bench.results import FAST, OURS
+from tests.bench.verdicts import lines as verdicts
+
 LEAST = 0.05
+MINE = (OURS, FAST)
 ROUNDS = 3
 _BETTER = {
     "rate": 1,
@@ -44,8 +49,8 @@ class Change:
     def line(self) -> str:
         """For people."""
         word = {1: "better", -1: "worse", 0: "same"}[self.sign]
-        moved = f"{(self.new / self.old - 1) * 100:+.0f} %"
-        what = f"{word:7}{self.place:7} {self.row:42} {self.target:9} {self.of:10}"
+        moved = f"{(self.new / self.old - 1) * 100:+.0f} %" if self.old else "from nothing"
+        what = f"{word:7}{self.place:7} {self.row:42} {self.target if self.place else '':9} {self.of:10}"
         return f"{what} {self.old:>10.4g} -> {self.new:<10.4g} {moved}"
 
 
@@ -70,6 +75,31 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
                     sign = moved(earlier[of], entry[of]) * _BETTER[of]
                     medians = earlier[of]["median"], entry[of]["median"]
                     yield Change(row["place"], row["row"], target, of, *medians, sign)
+
+
+def singles(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
+    """Single figures with at least ROUNDS values in both reports."""
+    before = {each["what"]: each["value"] for each in old["figures"]}
+    for each in new["figures"]:
+        was, now = before.get(each["what"]), each["value"]
+        if was and now and min(len(was["all"]), len(now["all"])) >= ROUNDS:
+            sign = moved(was, now) * each["better"]
+            yield Change("", each["what"], OURS, each["unit"], was["median"], now["median"], sign)
+
+
+def verdict_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Figures of the issues whose verdict is another one now."""
+    before = {_asked(each): each["verdict"] for each in verdicts(old)}
+    found = []
+    for each in verdicts(new):
+        was = before.get(_asked(each), each["verdict"])
+        if was != each["verdict"]:
+            found.append(f"verdict {each['place']:7}{each['what']} ({each['of']}): {was} -> {each['verdict']}")
+    return found
+
+
+def _asked(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    return line["issue"], line["place"], line["what"], line["of"]
 
 
 def missing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -111,21 +141,24 @@ def unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def compare(old_path: Path, new_path: Path) -> int:
     """Prints what changed. Returns 1 when something of sidestep is worse, 2 when that cannot be told, else 0."""
     old, new = (json.loads(path.read_text()) for path in (old_path, new_path))
+    if old["format"] != new["format"]:
+        print(f"reports of two formats: {old['format']} and {new['format']}")
+        return 2
     for text in unlike(old, new):
         print(f"differs: {text}")
     if min(old["settings"]["rounds"], new["settings"]["rounds"]) < ROUNDS:
         print(f"fewer than {ROUNDS} rounds: their ranges say nothing about noise")
         return 2
-    found = list(changes(old, new))
+    found = [*changes(old, new), *singles(old, new)]
     plain = [change for change in found if change.target == "plain" and change.sign]
     if plain:
         print(f"the plain network itself changed in {len(plain)} figures: another machine, or another mood of it")
     for change in sorted(
-        (change for change in found if change.sign), key=lambda change: (change.target != "sidestep", change.sign)
+        (change for change in found if change.sign), key=lambda change: (change.target not in MINE, change.sign)
     ):
         print(change.line())
-    for text in [*missing(old, new), *memory(old, new)]:
+    for text in [*verdict_changes(old, new), *missing(old, new), *memory(old, new)]:
         print(text)
     same = sum(not change.sign for change in found)
     print(f"{same} of {len(found)} figures did not change beyond noise")
-    return 1 if any(change.sign < 0 and change.target == "sidestep" for change in found) else 0
+    return 1 if any(change.sign < 0 and change.target in MINE for change in found) else 0

@@ -1,7 +1,6 @@
 """Single figures beside the rows: readers that do not read, idle connections, enrolment, memory."""
 
 import contextlib
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,15 +8,13 @@ from typing import Any
 
 from tests.bench.load import LoadError, build
 from tests.bench.machine import pss_mib
-from tests.bench.results import spread
+from tests.bench.results import FAST, OURS
 from tests.bench.rows import LOAD_PORT, ROWS
 from tests.bench.side import Side
 from tests.bench.targets import Target
+from tests.bench.verdicts import IDLE as IDLE
+from tests.bench.verdicts import STALLED as STALLED
 
-STALLED = 8
-STALLED_SHARE = 0.5
-IDLE = 1000
-IDLE_KIB = 24  # for each open connection that does nothing, at most
 ENROLMENT_S = 60.0
 
 
@@ -40,8 +37,8 @@ def beside(target: Target, place: str, word: str, count: int, seconds: float) ->
         process.communicate()
 
 
-def stalled(target: Target, rounds: int, seconds: float) -> float:
-    """Rate of one bulk connection beside STALLED readers that do not read, as a share of its rate alone (median).
+def stalled(target: Target, rounds: int, seconds: float) -> list[float]:
+    """Rate of one bulk connection beside STALLED readers that do not read, as a share of its rate alone, by round.
 
     Raises LoadError when a run had an error, or when the readers were not full in time.
     """
@@ -51,7 +48,7 @@ def stalled(target: Target, rounds: int, seconds: float) -> float:
         alone = target.case(row, "across", seconds)
         with beside(target, "across", "stall", STALLED, seconds + 60):
             shares.append(target.case(row, "across", seconds).rate / alone.rate)
-    return statistics.median(shares)
+    return shares
 
 
 def memory(targets: Sequence[Target]) -> dict[str, dict[str, float]]:
@@ -81,27 +78,30 @@ def idle(targets: Sequence[Target]) -> list[dict[str, Any]]:
     return found
 
 
-def idle_worst(found: Sequence[Mapping[str, Any]]) -> float | None:
-    """KiB for each connection in the engine that has the most of them; None where sidestep's did not open."""
+def idle_worst(found: Sequence[Mapping[str, Any]]) -> float:
+    """KiB for each connection in the engine that has the most of them. Raises LoadError where none of ours was
+    asked."""
     engines = [
         kib
         for each in found
-        if each["target"] == "sidestep"
+        if each["target"] in (OURS, FAST)
         for name, kib in each["kib_each"].items()
         if name.startswith("engine")
     ]
-    return max(engines, default=None)
+    if not engines:
+        raise LoadError("no engine was looked at")
+    return float(max(engines))
 
 
-def enrolment(side: Side, rounds: int) -> dict[str, Any]:
+def enrolment(side: Side, rounds: int) -> dict[str, list[float]]:
     """Seconds from the label on the namespace until every pod is enrolled, and from its removal until none is captured
     (the lab's agents wait for no quiet time)."""
     pods = {item["metadata"]["name"] for item in side.lab.pods("bench")}
-    took: dict[str, list[float]] = {"release_s": [], "enrol_s": []}
+    took: dict[str, list[float]] = {"release": [], "enrol": []}
     for _ in range(rounds):
-        took["release_s"].append(_toggle(side, None, lambda: side.modes() == {"none"}))
-        took["enrol_s"].append(_toggle(side, "ambient", lambda: side.lab.enrolled("bench") == pods))
-    return {"pods": len(pods), **{name: spread(values) for name, values in took.items()}}
+        took["release"].append(_toggle(side, None, lambda: side.modes() == {"none"}))
+        took["enrol"].append(_toggle(side, "ambient", lambda: side.lab.enrolled("bench") == pods))
+    return took
 
 
 def _toggle(side: Side, label: str | None, done: Callable[[], bool]) -> float:

@@ -9,14 +9,15 @@
  *   load crr CONNS ADDRESS PORT SECONDS              connect, one round trip of 64 bytes, close; CONNS at a time
  *   load bulk CONNS ADDRESS PORT SECONDS             one direction, as fast as it goes
  *   load stall CONNS ADDRESS PORT SECONDS            sends to readers that do not read; says "full" when all is full
- *   load open RATE SIZE CONNS ADDRESS PORT SECONDS   round trips that begin at fixed times, whatever became of the
- * others load hold CONNS ADDRESS PORT SECONDS             one round trip on each connection; says "open" and keeps them
+ *   load open RATE SIZE CONNS ADDRESS PORT SECONDS   round trips at fixed times, whatever became of the others
+ *   load dial RATE ADDRESS PORT SECONDS              crr at fixed times
+ *   load hold CONNS ADDRESS PORT SECONDS             one round trip on each connection; says "open" and keeps them
  *
  * A connection begins with eight bytes: the mode ('r', 'b' or 's') and the size of a message. In mode r every message
  * comes back as it was sent, and is compared. In mode b the server counts until the end of the stream and answers with
  * the count, which must be what was sent: bytes that a buffer swallowed are no result. In mode s it reads no more.
  *
- * In an open loop the k-th round trip is due k/RATE after the start. One that finds no free connection waits for one,
+ * In an open loop the k-th round trip (dial: connection) is due k/RATE after the start. One that finds none free waits,
  * and its latency counts from when it was due: a peer that stalls cannot hide the requests that it kept from being sent
  * (coordinated omission). What is still unsent at the end counts with its age then, which is less than the truth; it is
  * told as `unsent`.
@@ -48,6 +49,7 @@
 #define FULL_NS 500000000ull
 #define PATIENCE_NS 100000000ull
 #define STEPS 64
+#define MAX_DIALS 2048
 
 enum state { FREE, CONNECTING, WORKING, ENDING };
 
@@ -65,7 +67,7 @@ static uint8_t chunk[CHUNK], pattern[CHUNK];
 static int ep;
 static uint64_t histogram[64 * STEPS];
 static struct {
-        uint64_t ops, bytes, errors, total_ops, total_bytes, unsent;
+        uint64_t ops, bytes, errors, total_ops, total_bytes, unsent, max_ns;
         char why[120];
 } result;
 
@@ -210,7 +212,7 @@ static int server(uint16_t port, uint64_t until)
 /* -- client ------------------------------------------------------------------------------------------------------- */
 
 static struct {
-        enum { RR, CRR, OPEN, HOLD, BULK, STALL } kind; /* from BULK on without answers */
+        enum { RR, CRR, DIAL, OPEN, HOLD, BULK, STALL } kind; /* from BULK on without answers */
         uint32_t size;
         struct sockaddr_storage to;
         socklen_t to_len;
@@ -234,6 +236,8 @@ static uint64_t due_ns(void)
 
 static void record(uint64_t ns)
 {
+        if (ns > result.max_ns)
+                result.max_ns = ns;
         unsigned octave = 63 - (unsigned)__builtin_clzll(ns | STEPS);
         uint64_t step = (ns >> (octave - 6)) & (STEPS - 1);
         histogram[octave * STEPS + step]++;
@@ -265,7 +269,7 @@ static void begin(void)
         int fd = socket(job.to.ss_family, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
         if (fd < 0 || fd >= MAX_FD)
                 die("socket");
-        conns[fd] = (struct conn){.state = CONNECTING, .begun_ns = now_ns()};
+        conns[fd] = (struct conn){.state = CONNECTING, .begun_ns = job.kind == DIAL ? due_ns() : now_ns()};
         job.working++;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
         if (job.kind == STALL) { /* its end must not wait for the reader: that one will never read */
@@ -352,12 +356,13 @@ static bool start(int fd, struct conn *c)
         memcpy(head + 8, pattern, 64);
         c->state = WORKING;
         c->size = job.size;
-        size_t length = job.kind == CRR ? sizeof(head) : 8; /* one segment for head and request */
+        bool whole = job.kind == CRR || job.kind == DIAL; /* one segment for head and request */
+        size_t length = whole ? sizeof(head) : 8;
         if (send(fd, head, length, MSG_NOSIGNAL) != (ssize_t)length) {
                 fail(fd, "send", errno);
                 return false;
         }
-        if (job.kind == CRR) {
+        if (whole) {
                 c->put = c->size;
                 return true;
         }
@@ -369,7 +374,7 @@ static bool answered(int fd, struct conn *c)
 {
         uint64_t t = now_ns();
         count(t, 1, job.size);
-        uint64_t when = job.kind == OPEN ? c->begun_ns : t;
+        uint64_t when = job.kind == OPEN || job.kind == DIAL ? c->begun_ns : t;
         if (when >= job.from_ns && when < job.until_ns)
                 record(t - c->begun_ns);
         if (job.kind == OPEN || (job.kind == RR && t < job.until_ns))
@@ -384,7 +389,7 @@ static bool answered(int fd, struct conn *c)
         }
         leave(fd, NULL, 0);
         job.working--;
-        if (t < job.until_ns)
+        if (job.kind != DIAL && t < job.until_ns)
                 begin();
         return false;
 }
@@ -446,6 +451,18 @@ static uint64_t begin_due(void)
         return next > t ? next - t : 0;
 }
 
+/* The same for connections. */
+static uint64_t dial_due(void)
+{
+        uint64_t t, next;
+        while ((next = due_ns()) <= (t = now_ns()) && next < job.until_ns && t < job.until_ns &&
+               job.working < MAX_DIALS) {
+                begin();
+                job.due++;
+        }
+        return next > t && next < t + PATIENCE_NS ? next - t : PATIENCE_NS / 100;
+}
+
 /* What was due before the end and never began. */
 static void count_unsent(void)
 {
@@ -468,8 +485,9 @@ static int client(unsigned n, double seconds)
         job.to_begin = job.kind == HOLD && n > 64 ? n - 64 : 0;
         for (unsigned i = 0; i < n - job.to_begin; i++)
                 begin();
-        while (job.working > 0 && now_ns() < job.until_ns + GRACE_NS) {
-                uint64_t wait = job.kind == OPEN ? begin_due() : PATIENCE_NS;
+        while ((job.working > 0 || (job.kind == DIAL && now_ns() < job.until_ns)) &&
+               now_ns() < job.until_ns + GRACE_NS) {
+                uint64_t wait = job.kind == OPEN ? begin_due() : job.kind == DIAL ? dial_due() : PATIENCE_NS;
                 struct timespec timeout = {.tv_nsec = (long)wait};
                 int ready = epoll_pwait2(ep, events, 64, &timeout, NULL);
                 for (int i = 0; i < ready; i++)
@@ -485,19 +503,21 @@ static int client(unsigned n, double seconds)
                 if ((job.kind == STALL || job.kind == HOLD) && t >= job.until_ns)
                         break;
         }
-        if (job.kind == OPEN)
+        if (job.kind == OPEN || job.kind == DIAL)
                 count_unsent();
         uint64_t ended = now_ns();
         if (job.working > 0 && job.kind != STALL && job.kind != HOLD) {
                 result.errors += job.working;
                 snprintf(result.why, sizeof(result.why), "%u connections did not end", job.working);
         }
-        printf("{\"seconds\":%.3f,\"ops\":%llu,\"bytes\":%llu,\"p50_ns\":%llu,\"p99_ns\":%llu,\"total_seconds\":%.3f,"
+        printf("{\"seconds\":%.3f,\"ops\":%llu,\"bytes\":%llu,\"p50_ns\":%llu,\"p99_ns\":%llu,\"max_ns\":%llu,\"total_"
+               "seconds\":%.3f,"
                "\"total_ops\":%llu,\"total_bytes\":%llu,\"unsent\":%llu,\"errors\":%llu,\"error\":\"%s\"}\n",
                seconds, (unsigned long long)result.ops, (unsigned long long)result.bytes,
-               (unsigned long long)percentile(0.5), (unsigned long long)percentile(0.99), (double)(ended - begun) / 1e9,
-               (unsigned long long)result.total_ops, (unsigned long long)result.total_bytes,
-               (unsigned long long)result.unsent, (unsigned long long)result.errors, result.why);
+               (unsigned long long)percentile(0.5), (unsigned long long)percentile(0.99),
+               (unsigned long long)result.max_ns, (double)(ended - begun) / 1e9, (unsigned long long)result.total_ops,
+               (unsigned long long)result.total_bytes, (unsigned long long)result.unsent,
+               (unsigned long long)result.errors, result.why);
         return result.errors ? 1 : 0;
 }
 
@@ -529,6 +549,12 @@ int main(int argc, char **argv)
         if (strcmp(mode, "serve") == 0 && (argc == 3 || argc == 4))
                 return server((uint16_t)atoi(argv[2]),
                               argc == 4 ? now_ns() + (uint64_t)(atof(argv[3]) * 1e9) : UINT64_MAX);
+        if (strcmp(mode, "dial") == 0 && argc == 6 && (job.rate = atof(argv[2])) > 0) {
+                job.kind = DIAL;
+                job.size = 64;
+                address(argv[3], argv[4]);
+                return client(0, atof(argv[5]));
+        }
         if (strcmp(mode, "open") == 0 && argc == 8 && (job.rate = atof(argv[2])) > 0) {
                 job.kind = OPEN;
                 argv++;
@@ -545,7 +571,7 @@ int main(int argc, char **argv)
                 job.size = 128 << 10;
         } else {
                 fprintf(stderr, "load serve PORT [SECONDS] | rr SIZE CONNS ADDRESS PORT SECONDS | "
-                                "open RATE SIZE CONNS ADDRESS PORT SECONDS | "
+                                "open RATE SIZE CONNS ADDRESS PORT SECONDS | dial RATE ADDRESS PORT SECONDS | "
                                 "crr|bulk|stall|hold CONNS ADDRESS PORT SECONDS\n");
                 return 2;
         }

@@ -76,12 +76,20 @@ def measure(row: Row, prefix: Sequence[str], address: str, port: int, seconds: f
     """
     done, cpu = _run(row, [*prefix, *row.words, address, str(port), str(seconds)], seconds)
     try:
-        found = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        raise LoadError(f"{row.name}: {done.stderr or done.stdout}") from None
+        found = answer(done.stdout)
+    except LoadError as error:
+        raise LoadError(f"{row.name}: {done.stderr or error}") from None
     if done.returncode != 0 or found["errors"]:
         raise LoadError(f"{row.name}: {found['errors']} errors, the last: {found['error']}")
     return sample(row, found, cpu)
+
+
+def answer(said: str) -> dict[str, Any]:
+    """What the generator said. Raises LoadError where that is nothing."""
+    try:
+        return dict(json.loads(said))
+    except json.JSONDecodeError:
+        raise LoadError(f"the load said {said[:200]!r}") from None
 
 
 def sample(row: Row, found: dict[str, Any], cpu: Cpu) -> Sample:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tests.bench import policies
 from tests.bench.load import ROOT, ROWS, LoadError, Row, Sample, build, measure, process_s
+from tests.bench.report import ranged
+from tests.bench.verdicts import SINGLES
 from tests.harness.cluster import Nodes, Pod
 from tests.harness.netns import run
 
@@ -95,11 +97,14 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=ROOT / "results/micro.json")
     options = parser.parse_args()
-    results = []
+    results: list[dict[str, object]] = []
     if options.only != "policies":
         results += rows(options)
     if options.only in (None, "policies"):
-        results += [*policies.decisions(), *policies.alone()]
+        for key, values in {**policies.decided(), **policies.changed()}.items():
+            single = SINGLES[key].record(values)
+            print(f"{single['what']}: {ranged(single['value'])} {single['unit']} ({single['wanted']})", flush=True)
+            results.append(single)
     options.json.parent.mkdir(exist_ok=True)
     options.json.write_text(json.dumps(results, indent=1))
 

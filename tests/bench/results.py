@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tests.bench.load import LoadError, Sample
-from tests.bench.rows import AIMS, PEAK, PLACES, Aim, Row
+from tests.bench.rows import PEAK, PLACES, Aim, Row, aims
 
 BARE = "plain"
 OURS = "sidestep"
+FAST = "native"  # ours with the acceleration of one node
+RIVAL = "envoy"
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -52,25 +54,21 @@ class Result:
         found = self.ratios(of, target)
         return statistics.median(found) if found else None
 
-    def missed(self) -> list[str]:
-        """Targets of the first path that sidestep did not reach across nodes."""
-        found = []
-        share, p50 = self.ratio("share", OURS), self.ratio("p50", OURS)
-        if self.place == "across" and self.row.share is not None and share is not None and share < self.row.share:
-            found.append(f"{self.row.name}: {share:.3f} of no mesh, not {self.row.share}")
-        if self.place == "across" and self.row.p50 is not None and p50 is not None and p50 > self.row.p50:
-            found.append(f"{self.row.name}: p50 is {p50:.2f} times that of no mesh, not {self.row.p50}")
-        return found
+    def ours(self) -> str:
+        """The target that is judged: on one node the accelerated one where it ran."""
+        ran = self.samples.keys() | self.aborted.keys()
+        return FAST if self.place == "local" and FAST in ran else OURS
 
     def judged(self) -> list[dict[str, Any]]:
-        """The figures that are asked for in this row, what sidestep has, what the floor has, and the verdict."""
-        found = []
-        for aim in AIMS.get((self.place, self.row.name), ()):
-            value = self.ratio(aim.of, OURS)
-            if value is not None and not self.saturated(BARE):
-                excuse = self.place == "across" and not self.saturated("floor")
-                floor = self.ratio(aim.of, "floor") if excuse else None
-                found.append(_judgement(aim, value, floor, self.saturated(OURS)))
+        """The figures that are asked for in this row, what ours has, what the floor has, and the verdict: that of
+        `Aim`, `saturated` where the rate was not carried, `unmeasured` where there is nothing to judge."""
+        name, found = self.ours(), []
+        if name not in self.samples and name not in self.aborted:
+            return []
+        for aim in aims(self.place, self.row):
+            value = None if self.saturated(BARE) else self.ratio(aim.of, name)
+            excuse = self.place == "across" and aim.issue != 3 and not self.saturated("floor")
+            found.append(_judgement(aim, value, self.ratio(aim.of, "floor") if excuse else None, self.saturated(name)))
         return found
 
     def saturated(self, target: str) -> bool:
@@ -78,14 +76,20 @@ class Result:
         samples = self.samples.get(target, [])
         return bool(samples) and sum(each.saturated for each in samples) * 2 >= len(samples)
 
-    def ahead(self) -> bool | None:
-        """Whether sidestep is ahead of the Envoy pair: by rate, or by p99 at a fixed rate. None where not both ran, or
-        not at one rate."""
-        if self.row.kind == "open" and not self.row.of:
+    def ahead(self) -> dict[str, Any] | None:
+        """Whether sidestep is ahead of the Envoy pair across nodes: by rate, or by p99 at a fixed rate that is the same
+        for both. `value` is how many times it is ahead; None in its place where one of the two was aborted. None
+        altogether where they do not run, or not at one rate."""
+        ran = self.samples.keys() | self.aborted.keys()
+        if self.place != "across" or (self.row.kind == "open" and not self.row.of) or not {OURS, RIVAL} <= ran:
             return None
-        of, sign = ("p99", -1) if self.row.kind == "open" else ("share", 1)
-        ours, theirs = self.ratio(of, OURS), self.ratio(of, "envoy")
-        return None if ours is None or theirs is None else sign * ours > sign * theirs
+        of = "p99" if self.row.kind == "open" else "share"
+        ours, theirs = self.ratios(of, OURS), self.ratios(of, RIVAL)
+        if not ours or not theirs:
+            return {"of": of, "value": None, "verdict": "unmeasured"}
+        pairs = zip(ours, theirs, strict=False)
+        value = statistics.median(b / a if of == "p99" else a / b for a, b in pairs)
+        return {"of": of, "value": _short(value), "verdict": "reached" if value > 1 else "short"}
 
     def record(self) -> dict[str, Any]:
         """For the JSON file."""
@@ -119,9 +123,7 @@ class Result:
             "cpu_unit": "s/GB" if self.row.bulk else "us/operation",
             "targets": targets,
             "aborted": self.aborted,
-            "least_share": self.row.share if self.place == "across" else None,
-            "most_p50": self.row.p50 if self.place == "across" else None,
-            "missed": self.missed(),
+            "judged": self.ours(),
             "aims": self.judged(),
             "ahead_of_envoy": self.ahead(),
         }
@@ -135,14 +137,16 @@ _MEASURES: dict[str, Callable[[Sample], float]] = {
 }
 
 
-def _judgement(aim: Aim, value: float, floor: float | None, saturated: bool) -> dict[str, Any]:
+def _judgement(aim: Aim, value: float | None, floor: float | None, saturated: bool) -> dict[str, Any]:
+    verdict = "unmeasured" if value is None else "saturated" if saturated else aim.verdict(value, floor)
     return {
+        "issue": aim.issue,
         "of": aim.of,
         "reach": aim.reach,
         "stretch": aim.stretch,
-        "value": _short(value),
+        "value": None if value is None else _short(value),
         "floor": None if floor is None else _short(floor),
-        "verdict": "saturated" if saturated else aim.verdict(value, floor),
+        "verdict": verdict,
     }
 
 

@@ -165,6 +165,14 @@ class Side:
             sum(_sum(text, "sidestep_same_node_connections_total", "") for text in texts),
         )
 
+    def natives(self) -> tuple[float, float, float]:
+        """Of node1: connections between its pods that its engine carried, SYNs that the pods' programs handed on
+        natively, bytes that pods sent and received, each counted at both ends."""
+        text = inside(self.nodes["node1"]["netns"], _metrics)
+        handed = _sum(text, "sidestep_capture_packets_total", 'decision="to_application_vouched"')
+        counted = sum(_sum(text, f"istio_tcp_{way}_bytes_total", "") for way in ("sent", "received"))
+        return _sum(text, "sidestep_same_node_connections_total", ""), handed, counted / 2
+
     def _link_bytes(self) -> int:
         interface = self.nodes["node1"]["link"]["interface"]
         for line in Path("/proc/thread-self/net/dev").read_text().splitlines():

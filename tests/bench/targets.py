@@ -1,14 +1,20 @@
-"""What is measured: the plain network, the floor, sidestep, a pair of Envoy sidecars, any other proxy.
+"""What is measured: the plain network, the floor, sidestep without and with the acceleration of one node, a pair of
+Envoy sidecars, any other proxy.
 
 Each target runs the same rows between the same kind of pods. It says where the load connects, what its processes are,
 and, from counters of its own and of the link between the nodes, whether a run went the way that it claims: one that did
 not is aborted, whatever its figures.
 """
 
+import argparse
 import contextlib
+import io
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from sidestep.node import command
 from tests.bench import envoy as envoy_pair
 from tests.bench import floor as floor_pair
 from tests.bench.envoy import Sidecars, sidecars
@@ -17,9 +23,30 @@ from tests.bench.load import LoadError, Sample, perform
 from tests.bench.peer import Peer, peer
 from tests.bench.rows import PLACES, Row
 from tests.bench.side import SERVERS, Side, lab, manifests
+from tests.harness.netns import inside
 
-NAMES = ("plain", "floor", "sidestep", "envoy", "peer")
+NAMES = ("plain", "floor", "sidestep", "native", "envoy", "peer")
+PRIMED_S = 10.0
 STRAY = 1_000_000  # bytes on the link that are nobody's load: API, xDS, neighbours
+
+
+class Astray(LoadError):
+    """A run was no error and did not go the way that it claims."""
+
+
+def accelerates() -> bool:
+    """Whether this build's agent knows the acceleration of one node."""
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            parser.parse_args(["agent", *_AGENT, "--same-node=native"])
+    except SystemExit:
+        return False
+    return True
+
+
+_AGENT = ("--node=n", "--node-ip=::1", "--engine-socket=s", "--run-dir=r", "--bpf-dir=b")
 
 
 class Target:
@@ -44,13 +71,21 @@ class Target:
         """In which way the growth of its counters contradicts the path; "" when it does not."""
         return ""
 
+    def uncounted(self, carried: int, grown: Sequence[float]) -> str:
+        """In which way the growth contradicts the bytes that applications sent; "" when it does not."""
+        return ""
+
     def processes(self) -> dict[str, list[int]]:
         """What it consists of."""
         return {}
 
+    def prime(self, row: Row, place: str) -> None:
+        """What has to have happened before a run. Raises LoadError."""
+
     def case(self, row: Row, place: str, seconds: float) -> Sample:
         """One run. Raises LoadError when it had an error or did not go the way it should."""
         try:
+            self.prime(row, place)
             link, counts = self.side.link_bytes(), self.counts()
             sample = perform(row, self.side.enter("client"), *self.to(place, row.port), seconds)
             crossed = self.side.link_bytes() - link
@@ -59,18 +94,24 @@ class Target:
             raise LoadError(f"{self.name}, {place}: {row.name}: {type(error).__name__}: {error}") from error
         connections = sample.total_ops if row.kind == "crr" else row.connections
         wrong = link_wrong(row, place, sample, crossed) or self.wrong(place, connections, grown)
+        wrong = wrong or self.uncounted(carried(row, sample), grown)
         if wrong:
-            raise LoadError(f"{self.name}, {place}: {row.name}: {wrong}")
+            raise Astray(f"{self.name}, {place}: {row.name}: {wrong}")
         return sample
+
+
+def carried(row: Row, sample: Sample) -> int:
+    """Bytes that the applications sent, in both directions."""
+    both = row.kind in ("rr", "crr", "open")  # what is sent comes back
+    return sample.total_bytes * 2 if both else sample.total_bytes
 
 
 def link_wrong(row: Row, place: str, sample: Sample, crossed: int) -> str:
     """In which way the bytes on the link between the nodes contradict the place; "" when they do not."""
-    both = row.kind in ("rr", "crr", "open")  # what is sent comes back
-    carried = sample.total_bytes * 2 if both else sample.total_bytes
-    if place == "across" and crossed < carried:
-        return f"{crossed} bytes crossed the link, and the applications sent {carried}"
-    if place == "local" and crossed > carried / 2 + STRAY:
+    sent = carried(row, sample)
+    if place == "across" and crossed < sent:
+        return f"{crossed} bytes crossed the link, and the applications sent {sent}"
+    if place == "local" and crossed > sent / 2 + STRAY:
         return f"{crossed} bytes crossed the link, and nothing should"
     return ""
 
@@ -107,7 +148,9 @@ class Sidestep(Target):
     """The mesh."""
 
     name = "sidestep"
-    about = "the mesh: mutual TLS across nodes, from socket to socket on one node"
+    about = (
+        "the mesh: mutual TLS across nodes; on one node without acceleration: through the engine, from socket to socket"
+    )
 
     def counts(self) -> tuple[float, ...]:
         """Connections with mutual TLS at both ends, and those that stayed on the node."""
@@ -122,6 +165,48 @@ class Sidestep(Target):
     def processes(self) -> dict[str, list[int]]:
         """Agents and engines."""
         return self.side.processes()
+
+
+class Native(Sidestep):
+    """The mesh with acceleration: on one node the kernel passes a pair's connections once the first was allowed."""
+
+    name = "native"
+    about = "the mesh with acceleration (--same-node native): on one node the kernel alone, once a pair was allowed"
+    places = ("local",)
+
+    def prime(self, row: Row, place: str) -> None:
+        """Connects until a connection passes natively: the first of a pair is the engine's, which allows it."""
+        address, port = self.to(place, row.port)
+        end = time.monotonic() + PRIMED_S
+        while time.monotonic() < end:
+            before = self.side.natives()
+            inside(self.side.netns["client"], lambda: socket.create_connection((address, port), 5).close())
+            engine, handed, _ = (after - old for old, after in zip(before, self.side.natives(), strict=True))
+            if handed >= 1 and not engine:
+                return
+        raise LoadError(f"{self.name}, {place}: {row.name}: no connection passed natively within {PRIMED_S:.0f} s")
+
+    def case(self, row: Row, place: str, seconds: float) -> Sample:
+        """As others; a second time where the engine was asked again, as it is after any change and in any doubt."""
+        try:
+            return super().case(row, place, seconds)
+        except Astray:
+            return super().case(row, place, seconds)
+
+    def counts(self) -> tuple[float, ...]:
+        """Connections that the engine carried, those that the programs handed on natively, bytes of all."""
+        return self.side.natives()
+
+    def wrong(self, place: str, connections: int, grown: Sequence[float]) -> str:
+        """The engine must not have carried one, the programs must have handed on every one."""
+        engine, handed, _ = grown
+        if handed >= connections and not engine:
+            return ""
+        return f"{connections} connections, {handed:.0f} native ones, {engine:.0f} through the engine"
+
+    def uncounted(self, carried: int, grown: Sequence[float]) -> str:
+        """What is native is counted: no byte may be missing."""
+        return "" if grown[2] >= carried else f"{carried} bytes sent, {grown[2]:.0f} counted"
 
 
 class Variant(Sidestep):
@@ -187,6 +272,11 @@ class PeerTarget(Target):
         return self.peer.pids()
 
 
+def _mesh(folder: Path, letter: str, same_node: str, enrol: bool) -> contextlib.AbstractContextManager[Side]:
+    objects = manifests("ambient" if enrol else "none")
+    return lab(folder, letter, objects, mesh=True, enrol=enrol, options=[f"--agent-arg=--same-node={same_node}"])
+
+
 @contextlib.contextmanager
 def targets(
     folder: Path, names: Sequence[str], peer_command: str, variants: Mapping[str, Sequence[str]], *, enrol: bool = True
@@ -203,8 +293,9 @@ def targets(
             elif name == "floor":
                 made.append(FloorTarget(plain, stack.enter_context(floor(plain))))
             elif name == "sidestep":
-                mode = "ambient" if enrol else "none"
-                made.append(Sidestep(stack.enter_context(lab(folder, "m", manifests(mode), mesh=True, enrol=enrol))))
+                made.append(Sidestep(stack.enter_context(_mesh(folder, "m", "direct", enrol))))
+            elif name == "native":
+                made.append(Native(stack.enter_context(_mesh(folder, "n", "native", enrol))))
             elif name == "envoy":
                 pair = sidecars(folder, plain, ["client"], SERVERS["across"])
                 made.append(EnvoyTarget(plain, stack.enter_context(pair)))

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +154,28 @@ def inbound(address: str, port: int, leaf: Leaf, peer: str) -> dict[str, list[di
 
 
 class Envoy:
-    """One Envoy process; with one worker, as by default, whatever it pools, it pools once."""
+    """One Envoy process; with one worker, as by default, whatever it pools, it pools once.
+    `more`: further parts of the bootstrap."""
 
-    def __init__(self, folder: Path, netns: str, *parts: dict[str, list[dict[str, Any]]], workers: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        netns: str,
+        *parts: dict[str, list[dict[str, Any]]],
+        workers: int = 1,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder / f"envoy-{os.urandom(4).hex()}"
         self.folder.mkdir(mode=0o700)
         self._admin = self.folder / "admin.sock"
         self.log = self.folder / "log"
-        config = {
+        config: dict[str, Any] = {
+            **(more or {}),
             "admin": {"address": {"pipe": {"path": str(self._admin)}}},
             "static_resources": {
                 "listeners": [each for part in parts for each in part["listeners"]],
                 "clusters": [each for part in parts for each in part["clusters"]],
+                "secrets": [each for part in parts for each in part.get("secrets", [])],
             },
         }
         path = self.folder / "config.json"

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.bench.compare import changes, compare, memory, missing, moved, unlike
+from tests.bench.compare import changes, compare, memory, missing, moved, singles, unlike, verdict_changes
 from tests.bench.results import spread
+from tests.bench.verdicts import Single
 
 
 @pytest.mark.parametrize(
@@ -28,10 +29,20 @@ def test_beyond_noise(old: list[float], new: list[float], expected: int) -> None
 def report(share: list[float], p50: list[float], plain: list[float], kernel: str = "6.1") -> dict[str, Any]:
     ours = {"share": spread(share), "p50_ratio": spread(p50), "rate": spread([1, 1, 1])}
     return {
+        "format": 3,
+        "figures": [],
         "machine": {"kernel": kernel, "load_before": share[0]},
         "memory": {"idle": {"sidestep": {"engine": 10.0}}},
         "settings": {"rounds": 3, "seconds": 2, "quick": False},
-        "rows": [{"place": "across", "row": "r", "targets": {"plain": {"rate": spread(plain)}, "sidestep": ours}}],
+        "rows": [
+            {
+                "place": "across",
+                "row": "r",
+                "targets": {"plain": {"rate": spread(plain)}, "sidestep": ours},
+                "aims": [],
+                "ahead_of_envoy": None,
+            }
+        ],
     }
 
 
@@ -61,6 +72,8 @@ def test_status_and_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lines[1].startswith("the plain network itself changed in 1 figures")
     assert lines[2].startswith("worse  across  r")
     assert lines[3].split()[3] == "plain"
+    assert against({**OLD, "format": 2}) == 2
+    assert capsys.readouterr().out == "reports of two formats: 3 and 2\n"
     few = report([0.1, 0.11], [3.0, 3.1], [50, 51])
     few["settings"]["rounds"] = 2
     assert against(few) == 2
@@ -79,3 +92,18 @@ def test_cases_that_only_one_report_has() -> None:
 @pytest.mark.parametrize(("mib", "expected"), [(10.4, []), (12.0, ["memory sidestep: engine: 10.0 -> 12.0 MiB"])])
 def test_memory(mib: float, expected: list[str]) -> None:
     assert memory(OLD, {"memory": {"idle": {"sidestep": {"engine": mib}, "envoy": {"envoy": 40.0}}}}) == expected
+
+
+def test_single_figures_and_verdicts() -> None:
+    wait, share = Single("a wait", "s", limit=2), Single("a share", limit=0.5, least=True)
+    start = Single("a start", "s", limit=1)
+    old = {**OLD, "figures": [wait.record([1, 1, 1]), share.record([0.6, 0.6, 0.6]), start.record([0.9])]}
+    new = {**OLD, "figures": [wait.record([3, 3, 3]), share.record([0.7, 0.7, 0.7]), start.record(None)]}
+    found = list(singles(old, new))
+    assert [(change.row, change.sign) for change in found] == [("a wait", -1), ("a share", 1)]
+    assert found[0].line().split() == ["worse", "a", "wait", "s", "1", "->", "3", "+200", "%"]
+    assert verdict_changes(old, new) == [
+        "verdict        a wait (s): reached -> short",
+        "verdict        a start (s): reached -> unmeasured",
+    ]
+    assert verdict_changes(new, new) == []

@@ -153,6 +153,33 @@ def test_an_open_loop_counts_everything_that_was_due(rate: str) -> None:
         assert found["p99_ns"] > 10_000_000
 
 
+def test_dialling_counts_everything_that_was_due() -> None:
+    with server() as (_, port):
+        found = client("dial", "200", "127.0.0.1", str(port), "0.5")
+    assert found["errors"] == 0, found["error"]
+    assert found["total_ops"] + found["unsent"] == 110
+
+
+def test_dialling_sees_a_listener_that_stood_still() -> None:
+    # After the 20th it accepts nobody for 0.3 s; they are dialled all the same, and each counts from when it was due.
+    def answer(listener: socket.socket) -> None:
+        for number in range(110):
+            with listener.accept()[0] as accepted:
+                accepted.settimeout(20)
+                accepted.recv(72, socket.MSG_WAITALL)
+                accepted.sendall(bytes((i * 131 + (i >> 8) * 17 + 7) & 255 for i in range(64)))
+            if number == 20:
+                time.sleep(0.3)
+
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as listener:
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        found = client("dial", "100", "127.0.0.1", str(listener.getsockname()[1]), "1")
+        thread.join()
+    assert (found["errors"], found["unsent"]) == (0, 0), found["error"]
+    assert found["max_ns"] > 200_000_000
+
+
 def test_an_open_loop_sees_a_server_that_stood_still() -> None:
     # For 0.3 of 1 s: three tenths of the requests are due while nobody answers. A closed loop would see one slow one.
     def answer(listener: socket.socket) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.bench.load import LoadError, Sample
 from tests.bench.machine import TICK, Cpu, parse_stat
 from tests.bench.results import Result, collect, spread
-from tests.bench.rows import AIMS, ALL, FIXED, PEAK, PLACES, ROWS, Aim, Row
+from tests.bench.rows import ALL, FIXED, PEAK, PLACES, ROWS, Aim, Row, aims
 
 
 def sample(rate: float, p50: float = 10_000, p99: float = 50_000, cpu: float = 1e-5, saturated: bool = False) -> Sample:
@@ -33,6 +33,7 @@ def test_spread() -> None:
         (Aim("share", 0.3, 0.4), 0.29, None, "short"),
         (Aim("share", 0.3, 0.4), 0.29, 0.34, "floor"),
         (Aim("share", 0.3, 0.4), 0.28, 0.34, "short"),
+        (Aim("share", 0.3), 0.9, None, "reached"),
         (Aim("p50", 2.3, 2.0), 2.0, None, "stretch"),
         (Aim("p50", 2.3, 2.0), 2.3, None, "reached"),
         (Aim("p50", 2.3, 2.0), 2.4, None, "short"),
@@ -44,9 +45,29 @@ def test_verdicts(aim: Aim, value: float, floor: float | None, verdict: str) -> 
     assert aim.verdict(value, floor) == verdict
 
 
-def test_every_figure_belongs_to_a_row() -> None:
-    assert {name for _, name in AIMS} <= {row.name for row in ALL}
-    assert {place for place, _ in AIMS} == set(PLACES)
+def test_every_row_of_the_issues_tables_has_its_figures() -> None:
+    first = {row.name: [aim.of for aim in aims("across", row) if aim.issue == 3] for row in ALL}
+    assert [*first.values()] == [["p50"], *[["share"]] * 6, *[[]] * 4]
+    speed = {
+        place: [[(aim.of, aim.reach, aim.stretch) for aim in aims(place, row) if aim.issue == 5] for row in ALL]
+        for place in PLACES
+    }
+    assert speed["across"] == [
+        [("p50", 2.3, 2.0)],
+        [("share", 0.3, 0.4), ("cpu", 3.2, 2.5)],
+        [("share", 0.2, 0.25)],
+        [("share", 0.28, 0.35), ("cpu", 4.3, 3.5)],
+        [("share", 0.22, 0.28), ("cpu", 4.3, 3.5)],
+        [("share", 0.35, 0.45)],
+        [("share", 0.45, 0.5)],
+        [],
+        [("p99", 2.3, 2.0)],
+        [],
+        [],
+    ]
+    assert [[reach for _, reach, _ in row] for row in speed["local"]] == [
+        [1.1], [0.92], [0.95], [0.95], [0.95], [0.9], [0.9], [], [1.4], [], [],
+    ]  # fmt: skip
     assert len({row.name for row in ALL}) == len(ALL)
 
 
@@ -59,48 +80,81 @@ def test_a_share_is_the_median_of_the_rounds_own_shares() -> None:
     assert result.ratio("share", "envoy") is None
 
 
-def test_missed_targets_and_figures() -> None:
+def verdicts(result: Result) -> list[tuple[int, str, str]]:
+    return [(each["issue"], each["of"], each["verdict"]) for each in result.judged()]
+
+
+def test_figures_are_judged() -> None:
     slow = Result("across", ROWS[1], {"plain": [sample(100)], "sidestep": [sample(20)], "floor": [sample(22)]})
-    assert slow.missed() == [f"{ROWS[1].name}: 0.200 of no mesh, not 0.21"]
-    share, cpu = slow.judged()
-    assert (share["verdict"], share["value"], share["floor"]) == ("floor", 0.2, 0.22)
-    assert (cpu["of"], cpu["verdict"]) == ("cpu", "stretch")
-    # On one node there are no targets that decide, and the floor is no excuse.
-    near = Result("local", ROWS[1], slow.samples)
-    assert near.missed() == []
-    assert [each["verdict"] for each in near.judged()] == ["short"]
+    first, share, _ = slow.judged()
+    assert verdicts(slow) == [(3, "share", "short"), (5, "share", "floor"), (5, "cpu", "stretch")]
+    assert (share["value"], share["floor"]) == (0.2, 0.22)
+    assert first["floor"] is None  # the floor excuses nothing that the first path asks for
+    # On one node there are no targets of the first path, and the floor is no excuse.
+    assert verdicts(Result("local", ROWS[1], slow.samples)) == [(5, "share", "short")]
+
+
+def test_on_one_node_the_accelerated_target_is_judged_where_it_ran() -> None:
+    both = {"plain": [sample(100)], "sidestep": [sample(40)], "native": [sample(95)]}
+    near = Result("local", ROWS[1], dict(both))
+    assert (near.ours(), verdicts(near)) == ("native", [(5, "share", "reached")])
+    assert Result("across", ROWS[1], dict(both)).ours() == "sidestep"
+    del both["native"]
+    # One that was aborted is not excused by the one without acceleration.
+    broken = Result("local", ROWS[1], dict(both), {"native": "it broke"})
+    assert verdicts(broken) == [(5, "share", "unmeasured")]
+    without = Result("local", ROWS[1], dict(both))
+    assert (without.ours(), verdicts(without)) == ("sidestep", [(5, "share", "short")])
+
+
+def test_what_did_not_run_is_not_judged_and_what_broke_is() -> None:
+    assert Result("across", ROWS[1], {"plain": [sample(100)], "floor": [sample(50)]}).judged() == []
+    broken = Result("across", ROWS[1], {"plain": [sample(100)]}, {"sidestep": "it broke"})
+    assert {verdict for _, _, verdict in verdicts(broken)} == {"unmeasured"}
+    assert len(verdicts(broken)) == 3
 
 
 def test_a_rate_that_was_not_carried_reaches_nothing() -> None:
     row = FIXED[1]
     carried = Result("across", row, {"plain": [sample(50)], "sidestep": [sample(50)]})
-    assert [each["verdict"] for each in carried.judged()] == ["stretch"]
+    assert verdicts(carried) == [(5, "p99", "stretch")]
     saturated = Result("across", row, {"plain": [sample(50)], "sidestep": [sample(30, saturated=True)]})
-    assert [each["verdict"] for each in saturated.judged()] == ["saturated"]
+    assert verdicts(saturated) == [(5, "p99", "saturated")]
     assert saturated.record()["targets"]["sidestep"]["saturated"]
     # A floor that did not carry it either is no excuse.
     slow = {"plain": [sample(50)], "sidestep": [sample(50, p99=200_000)], "floor": [sample(30, p99=1e9)]}
-    assert [each["verdict"] for each in Result("across", row, slow).judged()] == ["floor"]
+    assert verdicts(Result("across", row, slow)) == [(5, "p99", "floor")]
     slow["floor"] = [sample(30, p99=1e9, saturated=True)]
-    assert [each["verdict"] for each in Result("across", row, slow).judged()] == ["short"]
+    assert verdicts(Result("across", row, slow)) == [(5, "p99", "short")]
     # Where the plain network itself does not carry it there is nothing to hold it against.
-    assert Result("across", row, {"plain": [sample(30, saturated=True)], "sidestep": [sample(50)]}).judged() == []
+    bare = Result("across", row, {"plain": [sample(30, saturated=True)], "sidestep": [sample(50)]})
+    assert verdicts(bare) == [(5, "p99", "unmeasured")]
 
 
 @pytest.mark.parametrize(
     ("row", "ours", "theirs", "ahead"),
     [
-        (ROWS[0], sample(50), sample(40), True),
-        (ROWS[0], sample(40), sample(50), False),
-        (FIXED[1], sample(50, p99=90_000), sample(50, p99=80_000), False),
-        (FIXED[1], sample(50, p99=70_000), sample(50, p99=80_000), True),
-        (FIXED[2], sample(50), sample(40), None),  # each at a rate of its own
+        (ROWS[0], [sample(50)], [sample(40)], (1.25, "reached")),
+        (ROWS[0], [sample(40)], [sample(50)], (0.8, "short")),
+        (ROWS[0], [sample(40)], [sample(40)], (1.0, "short")),
+        (ROWS[0], [sample(40)], [], (None, "unmeasured")),
+        (FIXED[0], [sample(50, p99=90_000)], [sample(50, p99=72_000)], (0.8, "short")),
+        (FIXED[0], [sample(50, p99=60_000)], [sample(50, p99=90_000)], (1.5, "reached")),
     ],
 )
-def test_ahead_of_envoy(row: Row, ours: Sample, theirs: Sample, ahead: bool | None) -> None:
-    result = Result("across", row, {"plain": [sample(100)], "sidestep": [ours], "envoy": [theirs]})
-    assert result.ahead() is ahead
-    assert result.record()["ahead_of_envoy"] is ahead
+def test_ahead_of_envoy(row: Row, ours: list[Sample], theirs: list[Sample], ahead: tuple[float | None, str]) -> None:
+    aborted = {} if theirs else {"envoy": "it broke"}
+    samples = {"plain": [sample(100)], "sidestep": ours, **({"envoy": theirs} if theirs else {})}
+    found = Result("across", row, samples, aborted).record()["ahead_of_envoy"]
+    assert (found["value"], found["verdict"]) == ahead
+
+
+def test_who_is_ahead_is_asked_only_where_both_do_the_same() -> None:
+    both = {"plain": [sample(100)], "sidestep": [sample(50)], "envoy": [sample(40)]}
+    assert Result("across", ROWS[0], both).ahead()
+    assert Result("across", FIXED[1], both).ahead() is None  # each at a rate of its own
+    assert Result("local", ROWS[0], both).ahead() is None
+    assert Result("across", ROWS[0], {"plain": [sample(100)], "sidestep": [sample(50)]}).ahead() is None
 
 
 class Scripted:
@@ -121,21 +175,21 @@ class Scripted:
 def test_rounds_are_interleaved_and_open_loops_follow_the_peak_of_their_round() -> None:
     order: list[str] = []
     targets = [Scripted("plain", 1000), Scripted("sidestep", 300), Scripted("floor", 400, ["across"])]
-    rows = [PEAK, FIXED[1], FIXED[2]]
+    rows = [PEAK, FIXED[0], FIXED[1]]
     results = collect(targets, rows, PLACES, 2, 1, lambda text: order.append(text.rsplit(", ", 1)[1]))
     assert order[:3] == ["plain", "sidestep", "floor"]
     assert order[len(order) // 2 :][:3] == ["floor", "sidestep", "plain"]
     assert [len(result.samples["plain"]) for result in results] == [2] * 6
     assert "floor" not in results[3].samples
     plain, mesh, _ = targets
-    assert plain.asked[1:3] == [("across", ("open", "500.0", "64", "16")), ("across", ("open", "500.0", "64", "16"))]
-    assert mesh.asked[1:3] == [("across", ("open", "500.0", "64", "16")), ("across", ("open", "150.0", "64", "16"))]
+    assert plain.asked[1:3] == [("across", ("open", "125.0", "64", "16")), ("across", ("open", "500.0", "64", "16"))]
+    assert mesh.asked[1:3] == [("across", ("open", "125.0", "64", "16")), ("across", ("open", "150.0", "64", "16"))]
 
 
 def test_what_was_aborted_is_not_run_again_and_leaves_no_figures() -> None:
     broken = Scripted("sidestep", 300, ["across"], fails=PEAK.name)
     targets = [Scripted("plain", 1000), broken]
-    first, second = collect(targets, [PEAK, FIXED[2]], ["across"], 3, 1, lambda text: None)
+    first, second = collect(targets, [PEAK, FIXED[1]], ["across"], 3, 1, lambda text: None)
     assert first.aborted == {"sidestep": "it broke"}
     assert len([words for _, words in broken.asked if words == PEAK.words]) == 1
     assert list(first.record()["targets"]) == ["plain"]
