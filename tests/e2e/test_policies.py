@@ -449,6 +449,11 @@ def test_what_is_not_enforced_is_told(world: World) -> None:
     found = {row["name"]: row for row in answer["policies"]}
     assert found["good"]["enforced"] and not found["http"]["enforced"]
     assert any("NOT ENFORCED" in line for line in found["http"]["not_enforced"])
+    kept = {**http, "spec": {"action": "ALLOW", "rules": [*rules, {}]}}
+    world.put(kept)
+    got, answer = world.command("authz", "check", "a/caller", "namespace/server")
+    assert got == 0 and {check["rule"] for check in answer["checks"]} == {1}, "its number in the object"
+    world.put(http, good)
     for row in world.command("status")[1]:
         [refused] = row["refused_policies"]
         said = (refused["kind"], refused["name"], refused["reason"])
