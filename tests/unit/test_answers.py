@@ -319,8 +319,25 @@ POLICY_LINES = [
 @pytest.mark.parametrize(("policy", "says"), POLICY_LINES)
 def test_why_a_policy_matches_or_not(policy: dict[str, Any], says: str) -> None:
     considered = {"name": "shop/p", "action": "Deny", "dry_run": False, "matched": False, "rule": -1, **policy}
-    [text] = authz.told([check(True, policies=[considered])])
+    [text] = authz.told([authz.numbered(check(True, policies=[considered]), {})])
     assert text.splitlines()[-1].endswith(says)
+
+
+def test_rules_have_the_numbers_of_the_object() -> None:
+    """Of four rules the first and the third were left out."""
+    considered = [
+        {"name": "shop/p", "action": "Allow", "dry_run": False, "matched": True, "rule": 1},
+        {"name": "shop/q", "action": "Allow", "matched": False, "rule": -1, "missed": [["principals"], []]},
+        {"name": "shop/r", "action": "Allow", "matched": False, "rule": -1, "missed": [["principals"]]},
+    ]
+    objects = {"shop/p": {"rules": [1, 3]}, "shop/q": {"rules": [1, 3]}}
+    found = authz.numbered(check(True, policies=considered), objects)
+    assert (found["policy"], found["rule"]) == ("shop/p", 3)
+    assert [each["rule"] for each in found["policies"]] == [3, -1, -1]
+    assert [[miss["rule"] for miss in each["missed"]] for each in found["policies"][1:]] == [[1, 3], [0]]
+    [text] = authz.told([found])
+    assert "because  explicitly denied by: shop/p, rules[3]" in text
+    assert "shop/q (ALLOW) does not match: rules[1] does not fit in principals" in text
 
 
 def test_peer_authentication_by_its_own_name() -> None:

@@ -577,6 +577,7 @@ def test_what_is_reported() -> None:
         "not_enforced": [],
         "selects": 1,
         "records": {"shop/one": made.versions["shop/one"]},
+        "rules": [0],
     }
     assert said["two"]["dry_run"] and said["two"]["scope"] == "NAMESPACE" and said["three"]["scope"] == "GLOBAL"
     assert not said["five"]["accepted"] and len(said["five"]["not_enforced"]) == 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from sidestep.cli.mesh import Mesh, endpoint, family, gather, not_as_written
+from sidestep.cli.mesh import Mesh, endpoint, family, gather, written
 from sidestep.cli.nodes import NodeError
 from sidestep.cli.policies import in_words, stands_for
 from sidestep.cli.show import add_options
@@ -47,7 +47,7 @@ FROM and TO are one of
 TO may end in :PORT, an IPv6 address with a port is written [ADDRESS]:PORT. Without a port every port is asked that
 the pod declares or a Service leads to.
 A FROM that is not enrolled has no identity: its connections are clear text, and so they are judged.
-rules[N] counts the rules of the policy as it is in force (`sidestep policies` tells of rules that are not).
+rules[N] is the rule's number in the policy (where no control plane can be asked: among those that are in force).
 Exit status: 0 all are allowed, 1 some are denied, 2 it cannot be said."""
 _LABEL = r"[a-z0-9](?:[-a-z0-9.]*[a-z0-9])?"
 _POD = re.compile(rf"({_LABEL})/({_LABEL})")
@@ -327,6 +327,23 @@ def judged(trust_domain: str, identity: str, answer: Row) -> Row:
     return {**answer, "allow": False, "policy": "", "rule": -1, "reason": why}
 
 
+def numbered(check: dict[str, Any], objects: Mapping[str, Row]) -> dict[str, Any]:
+    """An answer with rules by their numbers in the objects, of which rules may have been left out. Pure."""
+
+    def number(name: str, rule: int) -> int:
+        numbers = (objects.get(name) or {}).get("rules") or ()
+        return int(numbers[rule]) if 0 <= rule < len(numbers) else rule
+
+    policies = []
+    for each in check["policies"]:
+        name, missed = each["name"], each.get("missed")
+        told = {**each, "rule": number(name, each.get("rule", -1))}
+        if missed is not None:
+            told["missed"] = [{"rule": number(name, rule), "lists": lists} for rule, lists in enumerate(missed)]
+        policies.append(told)
+    return {**check, "rule": number(check["policy"], check["rule"]), "policies": policies}
+
+
 def _certificates(mesh: Mesh, notes: list[str]) -> dict[str, Iterable[Row]]:
     """By node."""
     found: dict[str, Iterable[Row]] = {}
@@ -381,13 +398,14 @@ def run(args: argparse.Namespace) -> int:
         mesh = gather(args.lab, args.run_dir)
         notes += mesh.problems
         chosen = pairs(callers(mesh, asked_from, notes), targets(mesh, asked_to, notes), notes)
+        objects = written(mesh)
         for caller, target in chosen[:CHECKS_MAX]:
-            checks.append(ask(mesh, caller, target, notes))
+            checks.append(numbered(ask(mesh, caller, target, notes), objects))
         notes += uncertified({each.identity for pair in chosen for each in pair}, _certificates(mesh, notes))
-        unsaid = not_as_written(mesh)
         for name in dict.fromkeys(each["name"] for check in checks for each in check["policies"]):
-            if name in unsaid:
-                notes.append(f"policy {name} is not in force as it is written: {unsaid[name]}")
+            row = objects.get(name)
+            if row is not None and not row.get("accepted"):
+                notes.append(f"policy {name} is not in force as it is written: {row.get('message')}")
     except (ValueError, NodeError) as error:
         for note in notes:
             print(f"sidestep authz: {note}", file=sys.stderr)
@@ -452,11 +470,11 @@ def _whether(policy: Row, peer: bool) -> str:
     if missed is None:
         return "does not match"
     if peer:
-        known = any("notPrincipals" in lists for lists in missed)
+        known = any("notPrincipals" in each["lists"] for each in missed)
         return "does not match: the caller has an identity" if known else "does not match: not at this port"
     if not missed:
         return "does not match: it has no rules"
-    parts = [f"rules[{number}] {_misfits(lists)}" for number, lists in enumerate(missed[:RULES_TOLD])]
+    parts = [f"rules[{each['rule']}] {_misfits(each['lists'])}" for each in missed[:RULES_TOLD]]
     if len(missed) > RULES_TOLD:
         parts.append("and so on")
     return "does not match: " + "; ".join(parts)

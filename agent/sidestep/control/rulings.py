@@ -283,6 +283,7 @@ class Rulings:
                     "not_enforced": list(ruling.not_enforced),
                     "selects": self._selects(kind, policy, ruling, counts),
                     "records": self._records(kind, ruling),
+                    "rules": list(ruling.rules),
                 }
             )
         return found
