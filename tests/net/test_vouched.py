@@ -680,8 +680,8 @@ def test_without_room_at_the_door_it_is_the_engines(world: World, application: s
 
 
 def test_what_said_nothing_and_is_gone_is_swept(world: World, application: socket.socket) -> None:
-    """A reset before the first packet leaves its SYN at the door. Many of them make room; what is open there stays, with
-    its fate.
+    """A reset before the first packet leaves its SYN at the door. Many of them make room; what is open there stays,
+    with its fate.
     """
     world.allow(application)
     silent = world.connect(), application.accept()[0]
