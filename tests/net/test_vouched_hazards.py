@@ -20,9 +20,9 @@ from tests.harness.netns import inside, run
 from tests.harness.stand_in import plain
 from tests.net.test_capture import eventually
 from tests.net.test_engine_policy import talk
-from tests.net.test_vouched import PORT, World, closed, nobody
+from tests.net.test_vouched import PORT, SLOT, World, closed, nobody
 
-SLOTS, SLOT = 8192, 48  # VOUCH_MAX_SLOTS and the size of struct vouch_slot
+SLOTS = 8192  # VOUCH_MAX_SLOTS
 FASTOPEN, MSG_FASTOPEN = 23, 0x20000000
 
 
