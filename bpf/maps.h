@@ -115,12 +115,12 @@ struct vouch_slot {
         __u32 taken;      /* an engine, this or an earlier one, has it: not to be given to another pair */
         __u64 full;       /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
         __u64 cut;        /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
-        __u64 line0[5];
+        __u8 line0[40];
         /* written by either end, on its own processor as likely as not: a cache line each */
         __u64 opened, sent; /* connections; bytes of the end that opened */
-        __u64 line1[6];
+        __u8 line1[48];
         __u64 received; /* bytes of the other */
-        __u64 line2[7];
+        __u8 line2[56];
 };
 
 /* Value of a pod's `verdicts`, which only the engine writes; key: struct capture_tuple with local_port 0. */
