@@ -110,11 +110,17 @@ struct capture_fated {
 
 /* An allowance's state: value of the node's `slots`. The engine writes the generation, the programs count. */
 struct vouch_slot {
-        __u32 generation;             /* flows and notes of another one are worth nothing; 0: never given */
-        __u32 taken;                  /* an engine, this or an earlier one, has it: not to be given to another pair */
-        __u64 opened, sent, received; /* connections; bytes of the end that opened, of the other */
-        __u64 full; /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
-        __u64 cut;  /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
+        /* read with each packet, written seldom */
+        __u32 generation; /* flows and notes of another one are worth nothing; 0: never given */
+        __u32 taken;      /* an engine, this or an earlier one, has it: not to be given to another pair */
+        __u64 full;       /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
+        __u64 cut;        /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
+        __u8 line0[40];
+        /* written by either end, on its own processor as likely as not: a cache line each */
+        __u64 opened, sent; /* connections; bytes of the end that opened */
+        __u8 line1[48];
+        __u64 received; /* bytes of the other */
+        __u8 line2[56];
 };
 
 /* Value of a pod's `verdicts`, which only the engine writes; key: struct capture_tuple with local_port 0. */
