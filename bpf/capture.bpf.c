@@ -37,6 +37,9 @@
  * that is dropped and comes again. Bytes are counted at the end that sends them, by sequence number, so that what is
  * sent twice counts once.
  *
+ * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note there,
+ * so none is left; and nobody counts what they send, so the pod's end counts what it has received when it acknowledges.
+ *
  * SYN cookies: an application's listener that is over its backlog keeps no request, so the engine's third packet meets
  * no connection, and steer is asked again. The tag must be there again: `out_lo` tags the engine's packets until one of
  * them meets a connection.
@@ -391,10 +394,22 @@ static __always_inline void accepted(struct bpf_sock *sk, struct packet *p, stru
         }
 }
 
-/* May this SYN go natively? Leaves the note that the destination takes. */
+/* Leaves the note of this SYN that the destination takes. */
+static __always_inline bool leave_note(struct capture_tuple *t, __u16 port, struct capture_probe *what)
+{
+        struct capture_tuple note = {.local_port = t->remote_port, .remote_port = port};
+        __builtin_memcpy(note.local, t->remote, 16);
+        __builtin_memcpy(note.remote, t->local, 16);
+        if (bpf_map_update_elem(&vouched, &note, what, BPF_ANY) == 0)
+                return true;
+        count(COUNT_VOUCH_FULL);
+        return false;
+}
+
+/* May this SYN go natively? */
 static __always_inline bool vouch(struct packet *p, struct capture_fated *fated, struct capture_fated *now)
 {
-        struct capture_tuple t, note = {};
+        struct capture_tuple t;
         __u32 outbound = SLOT_OUTBOUND;
         /* Begun with the engine, ended with it; data in a SYN is nothing that anybody here looks at, and one with
          * options in_eth would not know again. */
@@ -416,14 +431,10 @@ static __always_inline bool vouch(struct packet *p, struct capture_fated *fated,
         if (!engine)
                 return false; /* nobody would withdraw it */
         bpf_sk_release(engine);
-        __builtin_memcpy(note.local, t.remote, 16);
-        __builtin_memcpy(note.remote, t.local, 16);
-        note.local_port = t.remote_port;
-        note.remote_port = port;
-        if (bpf_map_update_elem(&vouched, &note, &what, BPF_ANY)) {
-                count(COUNT_VOUCH_FULL);
+        if (s->taken == VOUCH_OUTSIDE)
+                count(COUNT_OUTSIDE);
+        else if (!leave_note(&t, port, &what))
                 return false;
-        }
         now->fate = FATE_VOUCHED;
         now->slot = what.slot;
         now->generation = what.generation;
@@ -433,8 +444,23 @@ static __always_inline bool vouch(struct packet *p, struct capture_fated *fated,
         return true;
 }
 
+/* What came from outside, as far as the pod's end has acknowledged it. A FIN counts as one byte there: before it is known
+ * whether one came, one byte less is counted. */
+static __always_inline void outside_received(struct bpf_sock *sk, struct capture_fated *fated, struct vouch_slot *s)
+{
+        struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);
+        __u64 got = tcp ? tcp->bytes_received : 0;
+        if (got && *(volatile __u32 *)&sk->state != TCP_ESTABLISHED)
+                got--;
+        if (got <= fated->received)
+                return;
+        __sync_fetch_and_add(&s->received, got - fated->received);
+        fated->received = got;
+}
+
 /* A packet of a vouched flow leaves. */
-static __always_inline int vouched_leaves(struct __sk_buff *skb, struct packet *p, struct capture_fated *fated)
+static __always_inline int vouched_leaves(struct __sk_buff *skb, struct bpf_sock *sk, struct packet *p,
+                                          struct capture_fated *fated)
 {
         struct vouch_slot *s = slot_of(fated->slot, fated->generation);
         if (!s) {
@@ -455,6 +481,8 @@ static __always_inline int vouched_leaves(struct __sk_buff *skb, struct packet *
                 fated->bytes += more;
                 __sync_fetch_and_add(fated->opened ? &s->sent : &s->received, more);
         }
+        if (s->taken == VOUCH_OUTSIDE)
+                outside_received(sk, fated, s);
         return pass(COUNT_VOUCHED);
 }
 
@@ -513,7 +541,7 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                 }
         }
         if (fated->fate == FATE_VOUCHED)
-                return vouched_leaves(skb, p, fated);
+                return vouched_leaves(skb, sk, p, fated);
         if (fated->fate == FATE_PROBE)
                 return pass(COUNT_PROBE);
         if (fated->fate == FATE_NATIVE && m != MODE_STRICT)

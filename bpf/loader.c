@@ -1008,6 +1008,7 @@ static const char *const counter_names[] = {
         [COUNT_VOUCH_CUT] = "vouch_cut",
         [COUNT_IN_VOUCHED] = "to_application_vouched",
         [COUNT_IN_LATE] = "vouched_late",
+        [COUNT_OUTSIDE] = "outside_vouched",
 };
 
 const char *capture_counter_name(int counter)

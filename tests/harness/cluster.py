@@ -74,6 +74,7 @@ class Nodes:
         same_node: str = SAME_NODE,
         engines: tuple[bool, bool] = (True, True),
         accounts: dict[str, str] | None = None,
+        cidrs: list[str] | None = None,
     ) -> None:
         self.folder = folder
         self.authority = Authority()
@@ -81,6 +82,7 @@ class Nodes:
         self.router = f"t-rt-{os.getpid()}-{serial}"
         self.accounts = accounts or {}
         self.same_node = same_node
+        self.cidrs = CLUSTER_CIDRS if cidrs is None else cidrs
         self._workers = workers
         self._with = engines
         self._stack = ExitStack()
@@ -175,7 +177,7 @@ class Nodes:
                 "cluster_id": "Kubernetes",
                 "trust_domain": "cluster.local",
                 "node": f"node{node}",
-                "cluster_cidrs": CLUSTER_CIDRS,
+                "cluster_cidrs": self.cidrs,
                 "same_node": self.same_node,
                 "unknown": "hold",
             },
