@@ -37,8 +37,9 @@
  * that is dropped and comes again. Bytes are counted at the end that sends them, by sequence number, so that what is
  * sent twice counts once.
  *
- * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note there,
- * so none is left; and nobody counts what they send, so the pod's end counts what it has received when it acknowledges.
+ * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note
+ * there, so none is left; and nobody counts what they send, so the pod's end counts what it has received when it
+ * acknowledges.
  *
  * SYN cookies: an application's listener that is over its backlog keeps no request, so the engine's third packet meets
  * no connection, and steer is asked again. The tag must be there again: `out_lo` tags the engine's packets until one of
@@ -444,8 +445,8 @@ static __always_inline bool vouch(struct packet *p, struct capture_fated *fated,
         return true;
 }
 
-/* What came from outside, as far as the pod's end has acknowledged it. A FIN counts as one byte there: before it is known
- * whether one came, one byte less is counted. */
+/* What came from outside, as far as the pod's end has acknowledged it. A FIN counts as one byte there: before it is
+ * known whether one came, one byte less is counted. */
 static __always_inline void outside_received(struct bpf_sock *sk, struct capture_fated *fated, struct vouch_slot *s)
 {
         struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);

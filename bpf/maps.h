@@ -99,10 +99,10 @@ struct capture_fated {
         __u32 fate;
         __u32 isn;
         __u32 slot, generation;
-        __u32 next;   /* sequence number behind the last byte that was counted */
-        __u32 opened; /* it is the end that opened it */
-        __u64 bytes;  /* sent by this end */
-        __u64 since;  /* CLOCK_MONOTONIC in ns */
+        __u32 next;     /* sequence number behind the last byte that was counted */
+        __u32 opened;   /* it is the end that opened it */
+        __u64 bytes;    /* sent by this end */
+        __u64 since;    /* CLOCK_MONOTONIC in ns */
         __u64 received; /* by this end, where the other one is outside the mesh */
 };
 
@@ -111,8 +111,8 @@ enum vouch_kind { VOUCH_FREE = 0, VOUCH_PAIR = 1, VOUCH_OUTSIDE = 2 };
 
 /* An allowance's state: value of the node's `slots`. The engine writes the generation, the programs count. */
 struct vouch_slot {
-        __u32 generation;             /* flows and notes of another one are worth nothing; 0: never given */
-        __u32 taken;                  /* enum vouch_kind; an engine, this or an earlier one, has it: it is nobody else's */
+        __u32 generation; /* flows and notes of another one are worth nothing; 0: never given */
+        __u32 taken;      /* enum vouch_kind; an engine, this or an earlier one, has it: it is nobody else's */
         __u64 opened, sent, received; /* connections; bytes of the end that opened, of the other */
         __u64 full; /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
         __u64 cut;  /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */

@@ -3,9 +3,9 @@
  * Theory of operation
  *
  * An allowance is for one pair: source address of a pod, address and port of another pod of this node, or of a
- * destination outside the mesh (below). It has a slot of the node's map `slots` (mapped into this process) and is in force by an entry of the source pod's map `verdicts` that
- * names slot and generation. Flows and notes in the kernel carry both; adding one to the slot's generation makes all of
- * them worthless at once.
+ * destination outside the mesh (below). It has a slot of the node's map `slots` (mapped into this process) and is in
+ * force by an entry of the source pod's map `verdicts` that names slot and generation. Flows and notes in the kernel
+ * carry both; adding one to the slot's generation makes all of them worthless at once.
  *
  *   open    the entry is there: SYNs pass natively
  *   closed  the entry was taken out: new connections meet the engine again, open flows go on and are still judged
@@ -734,11 +734,11 @@ static void forget(struct sights *s, struct member *seen)
 static void fold(struct vouch *v, struct allowance *a)
 {
         const struct vouch_slot *s = &v->slots[a->slot];
-        uint64_t now = clock_ms(), live = a->live[a->source || a->outside ? 0 : 1], opened = a->opened_before;
+        uint64_t now = clock_ms(), live = a->live[a->source ? 0 : 1], opened = a->opened_before;
         uint64_t closed = opened > live ? opened - live : 0;
         uint64_t sent = __atomic_load_n(&s->sent, __ATOMIC_RELAXED),
                  received = __atomic_load_n(&s->received, __ATOMIC_RELAXED);
-        if (!a->set[0] || !a->counted)
+        if (!a->set[0] || !a->counted || (a->outside && !a->source)) /* then its sockets were not looked at */
                 return;
         closed = closed > a->told_closed ? closed : a->told_closed;
         uint64_t ended = closed - a->told_closed;
@@ -1134,7 +1134,8 @@ static void take_over(struct vouch *v, struct pod *p, const struct sights *s)
                         continue;
                 if (!a->source && pod_has(p, &a->src) && (!*a->src_uid || strcmp(a->src_uid, p->workload) == 0))
                         bind_source(a, p);
-                if (!a->outside && !a->target && pod_has(p, &a->dst.addr) && (!*a->dst_uid || strcmp(a->dst_uid, p->workload) == 0))
+                if (!a->outside && !a->target && pod_has(p, &a->dst.addr) &&
+                    (!*a->dst_uid || strcmp(a->dst_uid, p->workload) == 0))
                         bind_target(a, p);
         }
         for (struct member *m = v->members; m; m = m->next)

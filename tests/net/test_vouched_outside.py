@@ -683,6 +683,23 @@ def test_the_engine_dies_and_another_comes(world: World, server: socket.socket) 
     assert list(world.series("istio_tcp_connections_opened_total")) == [labels]
 
 
+def test_an_agent_that_begins_anew_says_it_again(world: World, server: socket.socket) -> None:
+    """The pod is given to the same engine once more: what is open stays what it was, counted once."""
+    world.allow(server)
+    client, served = world.native(server)
+    for _ in range(3):
+        world.nodes.add(world.client)
+        world.allow(server)
+        talk(client, served)
+        talk(served, client)
+    assert [each["bytes_sent"] for each in world.flows()] == [16 + 3 * 32]
+    eventually("counted", lambda: world.metric("istio_tcp_connections_opened_total") == 9)
+    eventually("counted", lambda: world.metric("istio_tcp_connections_closed_total") == 8)
+    closed(client, served)
+    eventually("ended", lambda: world.metric("istio_tcp_connections_closed_total") == 9)
+    assert world.metric("istio_tcp_connections_opened_total") == 9
+
+
 # -- too many ---------------------------------------------------------------------------------------------------------
 
 
