@@ -25,6 +25,13 @@
  * goes with the last, so that all pods that are there read the same notes. The program carries the id of the cgroup's
  * directory; another directory (the kubelet was started anew) means another program and link.
  *
+ * Another layout of the pins (capture_upgrade): the maps that are as before are linked to under the new directory, so
+ * whoever has them goes on; programs and the other maps are loaded anew; fates are carried from the one map to the
+ * other; the sk_lookup link gets the new program in one step, and its pin moves. The old tc filters, which the
+ * namespace holds, turn round what the engine's sockets in the same `listeners` take, until they are exchanged. A
+ * crash in the middle leaves the old pins, which are taken away last, and the same call finishes it. What comes to
+ * nothing: counters, and probes of the kubelet that are under way.
+ *
  * The iterator needs the kernel's BTF, which takes time and memory to read, so it is loaded when it is first needed.
  */
 #define _GNU_SOURCE
@@ -37,9 +44,11 @@
 #include <limits.h>
 #include <linux/fib_rules.h>
 #include <linux/if_link.h>
+#include <linux/inet_diag.h>
 #include <linux/magic.h>
 #include <linux/membarrier.h>
 #include <linux/rtnetlink.h>
+#include <linux/sock_diag.h>
 #include <net/if.h>
 #include <pthread.h>
 #include <sched.h>
@@ -70,12 +79,14 @@
 static const char *const map_names[] = {"listeners", "engine_sk", "fates", "own",      "probes", "asking",
                                         "addresses", "counters",  "pod",   "verdicts", "pending"};
 static const char *const program_names[] = {"out_eth", "in_eth", "in_lo", "out_lo", "steer"};
-static const char *const survey_names[] = {"note", "claim", "survey", "adopt"}; /* loaded when needed */
+static const char *const survey_names[] = {"note", "claim", "survey", "adopt", "carry"}; /* loaded when needed */
 static const char *const node_names[] = {"link", "probe_syn", "probe_ports", "kubelet_counters", "probe_notes"};
 #define NODE "node" /* no pod's UID */
 #define NODE_PATH (PATH_MAX - 64)
 /* What vouched flows need of the node. */
 static const char *const vouch_names[] = {"vouched", "slots", "flows"};
+/* The maps that are the same in the layout before. */
+static const char *const kept_names[] = {"listeners", "engine_sk", "own", "asking", "addresses", "pod"};
 /* The maps that pods take from there. */
 static const char *const shared_names[] = {"probe_notes", "vouched", "slots"};
 
@@ -1237,27 +1248,122 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
         return 0;
 }
 
+/* -- the layout before -------------------------------------------------------------------------------------------- */
+
+/* The fates of the sockets that are open. */
+static int carry_fates(const char *from, const char *pins)
+{
+        int fates = open_pin(from, "fates"), program = -1, link = -1, iterator = -1;
+        if (fates < 0)
+                return fates == -ENOENT ? 0 : fates;
+        int result = load_survey(pins);
+        if (result == 0 && (program = open_pin(pins, "carry")) < 0)
+                result = program;
+        union bpf_iter_link_info info = {.map = {.map_fd = (uint32_t)fates}};
+        LIBBPF_OPTS(bpf_link_create_opts, opts, .iter_info = &info, .iter_info_len = sizeof(info));
+        if (result == 0 && (link = bpf_link_create(program, 0, BPF_TRACE_ITER, &opts)) < 0)
+                result = -errno;
+        if (result == 0 && (iterator = bpf_iter_create(link)) < 0)
+                result = -errno;
+        char nothing[64];
+        ssize_t n = 0;
+        while (result == 0 && ((n = read(iterator, nothing, sizeof(nothing))) > 0 || (n < 0 && errno == EAGAIN)))
+                ;
+        if (n < 0)
+                result = -errno;
+        int fds[] = {iterator, link, program, fates};
+        for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++)
+                if (fds[i] >= 0)
+                        close(fds[i]);
+        return result;
+}
+
+/* Our program in the link of before, in one step. */
+static int take_link(const char *from, const char *pins)
+{
+        char path[PATH_MAX];
+        int link = open_pin(from, "link"), program = open_pin(pins, "steer"), result = program < 0 ? program : 0;
+        if (link >= 0 && result == 0) {
+                path_of(path, pins, "link");
+                if (bpf_link_update(link, program, NULL) < 0)
+                        result = errno == ENOLINK ? 0 : -errno; /* its namespace is gone */
+                else if ((unlink(path) < 0 && errno != ENOENT) || bpf_obj_pin(link, path) < 0)
+                        result = -errno;
+        } else if (link < 0 && link != -ENOENT) {
+                result = link;
+        }
+        if (link >= 0)
+                close(link);
+        if (program >= 0)
+                close(program);
+        return result;
+}
+
+int capture_upgrade(const char *from, const char *pins, char *error)
+{
+        char old[PATH_MAX], path[PATH_MAX], node[NODE_PATH];
+        struct capture_pod pod = {0};
+        libbpf_set_print(silent);
+        if (access(from, F_OK) < 0)
+                return errno == ENOENT ? 0 : fail(error, -errno, "directory %s", from);
+        node_of(node, pins);
+        int result = make_directories(node);
+        if (result == 0)
+                result = make_directories(pins);
+        for (size_t i = 0; i < sizeof(kept_names) / sizeof(*kept_names) && result == 0; i++) {
+                path_of(old, from, kept_names[i]);
+                path_of(path, pins, kept_names[i]);
+                if (link(old, path) < 0 && errno != EEXIST && errno != ENOENT)
+                        result = -errno;
+        }
+        if (result < 0)
+                return fail(error, result, "pins in %s", pins);
+        if (!all_pinned(pins) && (result = load(pins, error)) < 0)
+                return result;
+        if ((result = read_pod(pins, &pod)) < 0)
+                return fail(error, result, "map pod in %s", pins);
+        /* A pod that is strict has no connections that go on natively but probes that are under way. */
+        if (pod.mode != MODE_OFF && (result = carry_fates(from, pins)) < 0 && pod.mode != MODE_STRICT)
+                return fail(error, result, "the open connections of %s", from);
+        if ((result = take_link(from, pins)) < 0)
+                return fail(error, result, "sk_lookup of %s", from);
+        path_of(path, from, "link");
+        unlink(path);
+        unpin(from, survey_names, sizeof(survey_names) / sizeof(*survey_names));
+        unpin(from, program_names, sizeof(program_names) / sizeof(*program_names));
+        unpin(from, map_names, sizeof(map_names) / sizeof(*map_names));
+        if (rmdir(from) < 0 && errno != ENOENT)
+                return fail(error, -errno, "directory %s", from);
+        leave_node(from);
+        return 0;
+}
+
 struct trial {
         struct capture_bpf *capture;
         char *error;
         int result;
 };
 
-/* In a thread of its own, which takes its namespace and all that is in it along. */
+/* For a thread of its own, which takes its namespace and all that is in it along. */
+static int new_namespace(char *error)
+{
+        int result = 0;
+        if (unshare(CLONE_NEWNET) < 0)
+                return fail(error, -errno, "make a network namespace");
+        struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
+        int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &lo) < 0)
+                result = fail(error, -errno, "lo in a new network namespace");
+        if (fd >= 0)
+                close(fd);
+        return result;
+}
+
 static void *try_attach(void *arg)
 {
         struct trial *t = arg;
         struct bpf_object *object = t->capture->obj;
-        if (unshare(CLONE_NEWNET) < 0) {
-                t->result = fail(t->error, -errno, "make a network namespace");
-                return NULL;
-        }
-        struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
-        int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &lo) < 0)
-                t->result = fail(t->error, -errno, "lo in a new network namespace");
-        if (fd >= 0)
-                close(fd);
+        t->result = new_namespace(t->error);
         if (t->result == 0)
                 t->result = plumb(t->error);
         for (size_t i = 0; i < sizeof(filters) / sizeof(*filters) && t->result == 0; i++) {
@@ -1276,6 +1382,71 @@ static void *try_attach(void *arg)
         if (netns >= 0)
                 close(netns);
         return NULL;
+}
+
+/* Ends a connection that nobody else knows. */
+static void *try_destroy(void *arg)
+{
+        struct trial *t = arg;
+        struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)}, from;
+        socklen_t size = sizeof(at), from_size = sizeof(from);
+        struct {
+                struct nlmsghdr header;
+                struct inet_diag_req_v2 request;
+        } ask = {.header = {.nlmsg_len = sizeof(ask),
+                            .nlmsg_type = SOCK_DESTROY,
+                            .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK},
+                 .request = {.sdiag_family = AF_INET, .sdiag_protocol = IPPROTO_TCP, .idiag_states = ~0u}};
+        struct {
+                struct nlmsghdr header;
+                struct nlmsgerr error;
+        } answer = {0};
+        struct timeval limit = {.tv_sec = 5};
+        if ((t->result = new_namespace(t->error)) < 0)
+                return NULL;
+        int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        int client = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        int diag = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
+        if (listener < 0 || client < 0 || diag < 0 || bind(listener, (struct sockaddr *)&at, sizeof(at)) < 0 ||
+            listen(listener, 1) < 0 || getsockname(listener, (struct sockaddr *)&at, &size) < 0 ||
+            connect(client, (struct sockaddr *)&at, sizeof(at)) < 0 ||
+            getsockname(client, (struct sockaddr *)&from, &from_size) < 0) {
+                t->result = fail(t->error, -errno, "sockets in a new network namespace");
+        } else {
+                ask.request.id = (struct inet_diag_sockid){.idiag_sport = from.sin_port,
+                                                           .idiag_dport = at.sin_port,
+                                                           .idiag_src = {from.sin_addr.s_addr},
+                                                           .idiag_dst = {at.sin_addr.s_addr},
+                                                           .idiag_cookie = {INET_DIAG_NOCOOKIE, INET_DIAG_NOCOOKIE}};
+                setsockopt(diag, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+                if (send(diag, &ask, sizeof(ask), 0) < 0 || recv(diag, &answer, sizeof(answer), 0) < 0)
+                        t->result = -errno;
+                else if (answer.header.nlmsg_type == NLMSG_ERROR)
+                        t->result = answer.error.error;
+                if (t->result < 0)
+                        fail(t->error, t->result, "end a connection by sock_diag (CONFIG_INET_DIAG_DESTROY)");
+        }
+        int fds[] = {listener, client, diag};
+        for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++)
+                if (fds[i] >= 0)
+                        close(fds[i]);
+        return NULL;
+}
+
+int capture_native(char *error)
+{
+        pthread_t thread;
+        struct trial t = {.error = error};
+        libbpf_set_print(silent);
+        struct flows_bpf *flows = flows_bpf__open();
+        int result = flows ? flows_bpf__load(flows) : -errno;
+        flows_bpf__destroy(flows);
+        if (result < 0)
+                return fail(error, result, "load the iterator over socket storage (BTF of the kernel)");
+        if ((result = -pthread_create(&thread, NULL, try_destroy, &t)) < 0)
+                return fail(error, result, "start a thread");
+        pthread_join(thread, NULL);
+        return t.result;
 }
 
 static int probe_attach(char *error)

@@ -19,6 +19,7 @@
 /* cdef begin */
 #define CAPTURE_ERROR_LEN 512
 #define CAPTURE_LAYOUT "v2"
+#define CAPTURE_FORMER "v1" /* the layout before, which capture_upgrade knows */
 
 /* What capture_verify finds missing. */
 #define CAPTURE_NO_PINS 1
@@ -34,6 +35,11 @@
 /* Loads programs and maps, pins them; attaches nothing. addresses: comma separated, both families; they replace those
  * from before. */
 int capture_prepare(const char *pins, const char *addresses, char *error);
+/* Takes over the instance that an agent of the layout before pinned in `from`: the maps that are the same in both
+ * layouts stay what they are, so the engine's sockets stay in service; sk_lookup's program is exchanged in one step;
+ * the pins of before go. Capture lets nothing through meanwhile. The tc filters are still the ones of before:
+ * capture_verify misses them, capture_set_mode exchanges them. Also where `from` is not there (any more). */
+int capture_upgrade(const char *from, const char *pins, char *error);
 /* The fds of `listeners` and `engine_sk`; the caller closes them. */
 int capture_maps(const char *pins, int *listeners, int *engine_sk, char *error);
 /* What the engine needs to vouch for flows: fds of `verdicts`, `fates`, the node's `slots` and iterator `flows`; the
@@ -68,6 +74,9 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
 /* Tries thing number i that capture needs of the kernel, and takes it back: each program alone, then all attached in a
  * namespace made for it. -ERANGE: there is no thing i. name: what it is, for people. */
 int capture_probe(int i, const char **name, char *error);
+/* Tries what native flows need of the kernel beyond that, and takes it back: the iterator over socket storage, and
+ * SOCK_DESTROY (in a namespace made for it). */
+int capture_native(char *error);
 
 /* The kubelet exemption of the node, with pins in BPFDIR/v2/node. */
 /* Attaches the program that notes probes to a cgroup2 directory. 1: it was not there, or in another directory. -EINVAL:

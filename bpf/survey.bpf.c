@@ -7,6 +7,8 @@
  * need not be remembered longer. `note` gives each socket that has no fate and is not the engine's the fate NOTED
  * (bpf/capture.bpf.c asks at its next packet whether the engine holds the other end); `claim` gives them the fate
  * CAPTURED; `survey` only looks. All write a struct capture_seen for each socket.
+ *
+ * `carry` is for another layout of the pins: what the map of fates says that whoever asks names, `fates` says too.
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_core_read.h>
@@ -132,4 +134,23 @@ SEC("iter/tcp")
 int adopt(struct bpf_iter__tcp *ctx)
 {
         return look(ctx, 0, true);
+}
+
+/* A fate as layout v1 has it. */
+struct former_fated {
+        __u32 fate, isn;
+};
+
+SEC("iter/bpf_sk_storage_map")
+int carry(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+        struct sock *sk = ctx->sk;
+        struct former_fated *was = ctx->value;
+        struct capture_fated now = {};
+        if (!sk || !was)
+                return 0;
+        now.fate = was->fate;
+        now.isn = was->isn;
+        bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
+        return 0;
 }

@@ -474,6 +474,13 @@ int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len)
         return result < 0 ? result : in_force(t);
 }
 
+int tunnel_whole(struct tunnel *t)
+{
+        if (!atomic_exchange(&t->whole, true))
+                vouch_review(t->vouch);
+        return 0;
+}
+
 void tunnel_counts(struct tunnel *t, struct tunnel_counts *out)
 {
         struct mesh_counts counts;
@@ -570,7 +577,8 @@ static void dump_vouched(void *arg, const struct vouch_seen *f)
         struct dump *d = arg;
         char text[ENDPOINT_STRLEN];
         comma(d);
-        fprintf(d->out, "{\"pod\":\"%s/%s\",\"direction\":\"outbound\",\"state\":\"open\",", f->namespace_, f->pod);
+        fprintf(d->out, "{\"pod\":\"%s/%s\",\"direction\":\"%s\",\"state\":\"open\",", f->namespace_, f->pod,
+                f->inbound ? "inbound" : "outbound");
         json_text(d->out, "src", endpoint_format(&f->src, text));
         fputc(',', d->out);
         json_text(d->out, "dst", endpoint_format(&f->dst, text));

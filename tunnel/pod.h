@@ -96,6 +96,7 @@ struct tunnel {
         char trust_domain[256];
         atomic_int same_node_mtls;
         struct vouch *vouch;
+        atomic_bool whole; /* the agent has given all that it had to give */
         atomic_uint_least64_t fds, fd_limit, buffered;
         uint64_t started_s;
         pthread_mutex_t settings_lock;

@@ -87,6 +87,8 @@ int tunnel_identity_del(struct tunnel *t, const char *identity);
  * connections were re-evaluated. Rejected records are listed in report as "name: reason" lines (cut at report_len,
  * always terminated). -EPERM: seals missing; -EBADMSG: the framing is wrong, nothing was applied. */
 int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len);
+/* The first state is whole: what was applied so far is all that there is. */
+int tunnel_whole(struct tunnel *t);
 
 /* What would be decided about a connection, by the function that decides, on the newest state: a JSON object
  * (docs/interfaces.md, AUTHZ). identity "" for none; source "IP" or "IP:PORT", destination "IP:PORT", IPv6 with a port

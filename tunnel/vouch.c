@@ -15,6 +15,11 @@
  *
  * and is forgotten, its slot free, when it is not open, no socket carries it, and no note can be under way.
  *
+ * What an engine before this one had allowed comes back with the pods whose sockets carry it, closed. Pods and state
+ * come in pieces: until the agent has said that the state is whole (tunnel_whole) nothing new is allowed, and a flow is
+ * cut only by a policy that denies it, for no other piece can change that. Then an end that is no pod of ours (it left
+ * the mesh with the flow open) is who the state says.
+ *
  * Workers make allowances, right after they have decided about a connection of the pair. Who takes them back is the
  * control thread: after every worker has put a new state into force (tunnel_apply), and before that is answered, it
  * judges all of them by it, so one that was made by an older state is among them. What is not clearly so any more (a
@@ -70,6 +75,7 @@ struct allowance {
         struct allowance *next; /* same bucket */
         uint32_t slot, generation;
         bool open, counted, outside; /* counted: opened_before is of this look */
+        bool inherited; /* an engine before this one counted its flows: those that are open are to be told */
         struct addr src;
         struct endpoint dst;
         struct pod *source, *target; /* NULL: not here (any more) */
@@ -489,7 +495,7 @@ static uint64_t until_ns(int64_t until_s, uint64_t now_ms)
 void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pair)
 {
         uint32_t slot;
-        if (!atomic_load(&v->on) || pair->until_s <= (int64_t)time(NULL))
+        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole) || pair->until_s <= (int64_t)time(NULL))
                 return;
         pthread_mutex_lock(&v->lock);
         struct member *m = member_of(v, pair->source);
@@ -581,7 +587,7 @@ void vouch_allow_outside(struct vouch *v, struct worker *w, const struct vouch_o
 {
         uint32_t slot;
         char service[SERVICE_TEXT];
-        if (!atomic_load(&v->on))
+        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole))
                 return;
         pthread_mutex_lock(&v->lock);
         struct member *m = member_of(v, what->source);
@@ -642,7 +648,7 @@ static void hold_set_outside(struct vouch *v, const struct mesh_view *view, stru
         static const struct route unknown = {.service_host = "", .service_name = "", .service_namespace = ""};
         const struct workload *src = view_workload(view, a->src_uid);
         struct route r;
-        if (a->set[0] || !src)
+        if (a->set[0] || !src || !atomic_load(&v->engine->whole))
                 return;
         view_route(view, src, &a->dst, 0, &r);
         a->set[0] = hold_outside(event_worker(v->engine->event, v->engine->nworkers), src,
@@ -786,6 +792,11 @@ static void tick(struct vouch *v)
                 struct allowance *a = v->by_slot[i];
                 if (!a || !a->counted)
                         continue;
+                if (a->inherited && a->set[0]) { /* those that are open were opened for this engine's counters too */
+                        uint64_t live = a->live[a->source ? 0 : 1];
+                        a->told_opened = a->told_closed = a->opened_before > live ? a->opened_before - live : 0;
+                        a->inherited = false;
+                }
                 fold(v, a);
                 uint64_t idle_ms = a->outside && crowded(v, a->source) ? CROWDED_MS : IDLE_MS;
                 if (a->open && !a->live[0] && !a->live[1] && now - a->used_ms > idle_ms)
@@ -815,18 +826,19 @@ void vouch_each(struct vouch *v, void (*each)(void *arg, const struct vouch_seen
         for (size_t i = 0; i < s.n; i++) {
                 const struct vouch_flow *f = &s.at[i].flow;
                 struct allowance *a = f->slot < VOUCH_MAX_SLOTS ? v->by_slot[f->slot] : NULL;
-                if (!f->opened || !a)
+                /* Of two ends the one that opened it; the other where that one has left the mesh. */
+                if (!a || (!f->opened && a->source))
                         continue;
                 struct vouch_seen one = {.pod = s.at[i].pod->name,
                                          .namespace_ = s.at[i].pod->namespace_,
-                                         .identity_peer = a->dst_identity,
-                                         .src.port = f->local_port,
+                                         .identity_peer = f->opened ? a->dst_identity : a->src_identity,
+                                         .inbound = !f->opened,
+                                         .src = {.addr = a->src, .port = f->opened ? f->local_port : f->remote_port},
                                          .dst = a->dst,
                                          .sent = f->bytes,
                                          .received = f->received,
                                          .age_ms = now - f->since / 1000000};
-                memcpy(one.src.addr.ip, f->local, 16);
-                for (size_t k = 0; k < s.n; k++) {
+                for (size_t k = 0; k < s.n && f->opened; k++) {
                         const struct vouch_flow *o = &s.at[k].flow;
                         if (o->slot == f->slot && !o->opened && o->remote_port == f->local_port)
                                 one.received = o->bytes;
@@ -862,7 +874,8 @@ static void *watch(void *arg)
 
 enum judgement { STAYS, SHUTS, CUTS };
 
-static enum judgement judge(const struct mesh_view *view, const struct allowance *a, struct rbac_verdict *verdict)
+static enum judgement judge(const struct vouch *v, const struct mesh_view *view, const struct allowance *a,
+                            struct rbac_verdict *verdict)
 {
         const struct workload *own = view_workload(view, a->src_uid);
         struct workload gone = {.namespace_ = a->target ? a->target->namespace_ : ""};
@@ -876,10 +889,11 @@ static enum judgement judge(const struct mesh_view *view, const struct allowance
         verdict->reason = RBAC_NOT_ALLOWED;
         if (a->outside)
                 return still_outside(view, a) ? STAYS : SHUTS;
-        if (at && strcmp(at->uid, a->dst_uid) != 0)
+        bool whole = atomic_load(&v->engine->whole);
+        if (whole && at && strcmp(at->uid, a->dst_uid) != 0)
                 return CUTS; /* the address is another's by now */
         rbac_decide(view, dst ? dst : &gone, &request, verdict);
-        bool whole = dst && a->target && atomic_load(&a->target->complete);
+        whole = whole && dst && a->target && !view_policy_missing(view, dst);
         if (!verdict->allow && (verdict->reason == RBAC_DENIED || (whole && verdict->reason != RBAC_NOT_RECEIVED)))
                 return CUTS;
         if (!own || !at || !verdict->allow || verdict->dry_run || own->record != a->src_record ||
@@ -917,6 +931,24 @@ static void tell_cut(struct vouch *v, const struct allowance *a, const struct vo
                   endpoint_format(&from, src), a->src_name, a->src_namespace, endpoint_format(&a->dst, dst),
                   (unsigned long long)flow->bytes, (unsigned long long)(clock_ms() - flow->since / 1000000),
                   a->src_identity, a->dst_identity, policy);
+}
+
+/* Who the ends of what was taken over are that are no pods of ours: whom the whole state has at their addresses. */
+static void resolve(struct vouch *v, const struct mesh_view *view, struct allowance *a)
+{
+        const struct workload *w;
+        if (!atomic_load(&v->engine->whole))
+                return;
+        if (!*a->src_uid && (w = view_workload_at(view, &a->src))) {
+                text_set(&a->src_uid, w->uid);
+                text_set(&a->src_identity, w->identity);
+                text_set(&a->src_name, w->name);
+                text_set(&a->src_namespace, w->namespace_);
+        }
+        if (!a->outside && !*a->dst_uid && (w = view_workload_at(view, &a->dst.addr))) {
+                text_set(&a->dst_uid, w->uid);
+                text_set(&a->dst_identity, w->identity);
+        }
 }
 
 /* Label sets of what was taken over, once there are records. */
@@ -977,7 +1009,7 @@ static void finish(struct vouch *v, const bool *gone, const struct mesh_view *vi
                 left |= !f->opened;
                 if (!f->opened || !view)
                         continue;
-                judge(view, a, &verdict);
+                judge(v, view, a, &verdict);
                 tell_cut(v, a, f, verdict.policy, rbac_text(&verdict, reason, sizeof(reason)));
         }
         pthread_mutex_unlock(&v->lock);
@@ -1010,11 +1042,14 @@ void vouch_review(struct vouch *v)
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
                 struct allowance *a = v->by_slot[i];
                 struct rbac_verdict verdict;
+                if (!a)
+                        continue;
+                resolve(v, view, a);
                 /* Taken over, and its source is not known yet. */
-                if (!a || (!*a->src_uid && clock_ms() - a->closed_ms < STRAY_MS))
+                if (!*a->src_uid && clock_ms() - a->closed_ms < STRAY_MS)
                         continue;
                 hold_sets(v, view, a);
-                enum judgement now = judge(view, a, &verdict);
+                enum judgement now = judge(v, view, a, &verdict);
                 if (now != STAYS)
                         shut(v, a);
                 if (now == CUTS && cut(v, a))
@@ -1121,11 +1156,8 @@ static void take_over(struct vouch *v, struct pod *p, const struct sights *s)
                                 continue;
                         a->generation = f->generation;
                         a->closed_ms = clock_ms();
+                        a->inherited = true;
                         told_all(v, a);
-                }
-                if (f->opened && !a->set[0]) { /* open ones were opened for this engine's counters too */
-                        a->told_opened--;
-                        a->told_closed--;
                 }
         }
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
@@ -1141,7 +1173,8 @@ static void take_over(struct vouch *v, struct pod *p, const struct sights *s)
         for (struct member *m = v->members; m; m = m->next)
                 for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
                         struct allowance *a = v->by_slot[i];
-                        if (a && !a->outside && !a->target && !*a->dst_uid && pod_has(m->pod, &a->dst.addr))
+                        if (a && !a->outside && !a->target && pod_has(m->pod, &a->dst.addr) &&
+                            (!*a->dst_uid || strcmp(a->dst_uid, m->pod->workload) == 0))
                                 bind_target(a, m->pod);
                 }
 }

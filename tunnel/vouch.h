@@ -37,7 +37,8 @@ void vouch_review(struct vouch *v);
 void vouch_count(struct vouch *v);
 /* Calls back for each open flow. */
 struct vouch_seen {
-        const char *pod, *namespace_, *identity_peer; /* of the end that opened it; of the other */
+        const char *pod, *namespace_, *identity_peer; /* of the end that is looked at; of the other */
+        bool inbound;                                 /* the end that opened it is no pod of ours any more */
         struct endpoint src, dst;
         uint64_t sent, received, age_ms;
 };

@@ -9,6 +9,7 @@ The router's namespace has one interface per pod, so that each pod's link is a w
 import ipaddress
 import itertools
 import os
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,20 +151,20 @@ class Nodes:
         return Tap(f"/run/netns/{self.router}", self.interface(self.pods[name]))
 
     # -- engines -----------------------------------------------------------------------------------------------------
-    def start(self, node: int, supervised: bool = False) -> None:
-        """An engine for a node, with its pods captured and given to it."""
+    def start(self, node: int, supervised: bool = False, pods: Collection[str] | None = None) -> None:
+        """An engine for a node, with its pods captured and given to it (`pods`: only these)."""
         engine = EngineProcess(self.folder, self._workers, supervised=supervised)
         self._stack.enter_context(engine)
         self.engines[node] = engine
         for pod in self.pods.values():
-            if pod.node == node and pod.capture is None:
+            if pod.node == node and pod.capture is None and (pods is None or pod.name in pods):
                 capture = pod.capture = Capture(pod.pair)
                 capture.prepare()
                 self._stack.callback(capture.detach)
                 capture.set_mode(lib.MODE_STRICT)
-        self.feed(node)
+        self.feed(node, pods)
 
-    def feed(self, node: int) -> None:
+    def feed(self, node: int, pods: Collection[str] | None = None) -> None:
         """What an agent says to an engine that knows nothing."""
         engine = self.engines[node]
         assert engine is not None
@@ -183,7 +184,7 @@ class Nodes:
             },
         )
         for pod in self.pods.values():
-            if pod.node == node:
+            if pod.node == node and (pods is None or pod.name in pods):
                 self.certify(pod, self.authority.leaf(pod.identity))
                 self.add(pod)
 

@@ -7,6 +7,7 @@ import platform
 import socket
 import struct
 from pathlib import Path
+from typing import Protocol
 
 from sidestep._bpf import ffi, lib
 from tests.harness.netns import Pair, inside
@@ -97,10 +98,18 @@ def map_update(fd: int, key: bytes, value: bytes) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+class Instance(Protocol):
+    """Programs in a pod."""
+
+    pair: Pair
+
+    def maps(self) -> tuple[int, int]: ...
+
+
 class StandIn:
     """Listeners for the three slots, marked as the engine's."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Instance) -> None:
         self.listeners_fd, self.engine_sk = capture.maps()
         self.pair = capture.pair
         self.outbound, self.inbound, self.hbone = (self._listener(slot) for slot in range(3))

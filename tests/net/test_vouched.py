@@ -912,6 +912,105 @@ def test_the_next_engine_cuts_what_is_denied(world: World, application: socket.s
     closed(*ends)
 
 
+def restarted(world: World, pods: list[str]) -> None:
+    """Another engine that has these pods and no state."""
+    engine = world.nodes.engines[0]
+    assert engine is not None
+    engine.process.kill()
+    engine.process.wait()
+    world.nodes.start(0, pods=pods)
+
+
+def piece(world: World, *parts: str | model.Policy, whole: bool = False) -> None:
+    """Some of the state: records of pods by name, and policies."""
+    records = [
+        batch.Record(batch.Op.ADDRESS_SET, world.nodes[each].workload, "1", made.SerializeToString())
+        for each in parts
+        if isinstance(each, str)
+        for made in [world.nodes.record(world.nodes[each])]
+    ]
+    records += model.records([each for each in parts if not isinstance(each, str)], secrets.token_hex(4))
+    assert world.engine().apply(records, whole=whole)["rejected"] == []
+
+
+@pytest.mark.parametrize("denied", [False, True])
+def test_the_next_engine_judges_when_it_has_all(world: World, application: socket.socket, denied: bool) -> None:
+    """Its state comes in pieces: the allow policy of others before the one of this pair, records in any order, a pod
+    last.
+    """
+    mine = world.client.identity.removeprefix("spiffe://")
+    others = policy("others", only(principals=[{"Exact": mine + "x"}]), action="Allow")
+    this = policy("this", only(principals=[{"Exact": mine}]), action="Allow")
+    world.set(others, this)
+    world.allow(application)
+    ends = world.native(application)
+    restarted(world, ["client", "third"])
+    for parts in (["near"], [others], ["client"], ["third"]):
+        piece(world, *parts)
+        talk(*ends)
+    world.nodes.certify(world.near, world.nodes.authority.leaf(world.near.identity))
+    world.nodes.add(world.near)
+    talk(*ends)
+    if denied:
+        piece(world, whole=True)
+        is_cut(*ends)
+        closed(*ends)
+        return
+    piece(world, this, whole=True)
+    talk(*ends)
+    world.allow(application)
+    talk(*ends)
+    closed(*ends)
+
+
+def test_half_a_state_allows_nothing(world: World, application: socket.socket) -> None:
+    restarted(world, ["client", "near", "third"])
+    piece(world, "near", "client")
+    for _ in range(3):
+        closed(*world.by_engine(application))
+    piece(world, whole=True)
+    world.allow(application)
+
+
+def test_the_next_engine_cuts_what_a_piece_denies(world: World, application: socket.socket) -> None:
+    """No other piece can allow it."""
+    world.allow(application)
+    ends = world.native(application)
+    restarted(world, ["client", "near", "third"])
+    piece(world, "client")
+    piece(world, policy("late", only(destinationPorts=[PORT])))
+    is_cut(*ends)
+    closed(*ends)
+
+
+@pytest.mark.parametrize("left", ["client", "near"])
+def test_the_next_engine_and_an_end_that_left_the_mesh(world: World, application: socket.socket, left: str) -> None:
+    """The flow goes on, is told and counted by the end that is left, with both names; a policy still ends it."""
+    world.allow(application)
+    kept, cut = world.native(application), world.native(application)
+    pod = world.nodes[left]
+    world.engine().call(channel.POD_DEL, {"uid": pod.uid})
+    assert pod.capture is not None
+    pod.capture.detach()
+    pod.capture = None
+    talk(*kept)
+    restarted(world, [name for name in ("client", "near", "third") if name != left])
+    world.nodes.publish()
+    talk(*kept)
+    assert len(world.flows()) == 2
+    eventually("counted", lambda: world.metric("istio_tcp_connections_opened_total") == 2)
+    closed(*kept)
+    eventually("ended", lambda: world.metric("istio_tcp_connections_closed_total") == 1)
+    world.set(policy("late", only(destinationPorts=[PORT])))
+    with pytest.raises(ConnectionError):
+        while cut[0].recv(65536):
+            pass
+        raise AssertionError("an orderly end")
+    eventually("ended too", lambda: world.metric("istio_tcp_connections_closed_total") == 2)
+    assert world.metric("istio_tcp_connections_opened_total") == 2
+    closed(*cut)
+
+
 def test_a_pod_leaves(world: World, application: socket.socket) -> None:
     """Un-enrolled with a flow open: it goes on, and nothing of ours is left."""
     world.allow(application)

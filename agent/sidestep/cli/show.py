@@ -90,6 +90,7 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
             "ENROLLED": lambda row: row["pods"]["enrolled"],
             "PENDING": lambda row: row["pods"]["pending"],
             "PROBES": lambda row: "exempt" if row["probes"]["active"] else "not exempt",
+            "SAME NODE": lambda row: row["settings"].get("same_node", "?"),
             "UP": lambda row: duration(row["uptime_s"]),
         },
         found,
@@ -107,6 +108,8 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
     for row in found:
         if not row["probes"]["active"]:
             print(f"\n{_node(row)}: the kubelet's probes are clear text like any other: {row['probes']['reason']}")
+        if row.get("no_native"):
+            print(f"\n{_node(row)}: pods of this node speak through the engine, not natively: {row['no_native']}")
     raw = sum(row["pods"]["raw"] for row in found)
     if raw:
         print(

@@ -303,6 +303,8 @@ class Host:
         for line in self._ffi.string(report).decode("utf-8", "replace").splitlines():
             name, _, reason = line.partition(": ")
             rejected.append({"name": name, "reason": reason})
+        if body.get("whole") is True:
+            self._check("apply", self._lib.tunnel_whole(self._tunnel))
         counts = self._ffi.new("struct tunnel_counts *")
         self._lib.tunnel_counts(self._tunnel, counts)
         reply: dict[str, object] = {

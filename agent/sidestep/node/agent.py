@@ -61,6 +61,7 @@ class Place:
     settings: Mapping[str, Any]
     excluded: frozenset[str] = EXCLUDED_NAMESPACES
     cluster_domain: str = "cluster.local"  # the DNS suffix of Services
+    no_native: str = ""  # why same_node is direct where native was asked for
 
 
 class Agent:
@@ -585,6 +586,7 @@ class Agent:
         self.metrics.set("workload_manager_pending_proxy_count", len(wanted) - len(served))
         self.metrics.set("sidestep_pods_raw", sum(1 for r in served if r.pod is not None and r.pod.raw))
         self.metrics.set("sidestep_engine_up", int(self.engine.up))
+        self.metrics.set("sidestep_same_node_native", int(self.names.native))
         self.metrics.set("sidestep_agent_log_lines_dropped_total", log.dropped())
         now = time.time()
         states = [identity.valid(now) for identity in self.identities]

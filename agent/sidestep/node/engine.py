@@ -298,13 +298,13 @@ class Engine:
         """IDENTITY_DEL."""
         await self._simple(channel.IDENTITY_DEL, {"identity": uri})
 
-    async def apply(self, batch: Batch) -> list[tuple[str, str]]:
+    async def apply(self, batch: Batch, whole: bool = False) -> list[tuple[str, str]]:
         """APPLY; ends the batch. Returns the rejected records: (name, reason). When it returns every worker has
-        adopted the state and has reset the open connections that it denies.
+        adopted the state and has reset the open connections that it denies. `whole`: with it the state is complete.
         """
         memfd, size = batch.seal()
         try:
-            answer, received = await self._call(channel.APPLY, {"size": size}, (memfd,), APPLY_S)
+            answer, received = await self._call(channel.APPLY, {"size": size, "whole": whole}, (memfd,), APPLY_S)
         finally:
             os.close(memfd)
         _close(received)
