@@ -776,7 +776,6 @@ static void tick(struct vouch *v)
 {
         struct sights s;
         struct member *seen;
-        uint64_t now = clock_ms();
         pthread_mutex_lock(&v->look);
         if (!v->slots || (!atomic_load(&v->count) && !v->strays)) {
                 pthread_mutex_unlock(&v->look);
@@ -798,6 +797,7 @@ static void tick(struct vouch *v)
                         a->inherited = false;
                 }
                 fold(v, a);
+                uint64_t now = clock_ms(); /* not before what was noted of it */
                 uint64_t idle_ms = a->outside && crowded(v, a->source) ? CROWDED_MS : IDLE_MS;
                 if (a->open && !a->live[0] && !a->live[1] && now - a->used_ms > idle_ms)
                         shut(v, a);
@@ -806,7 +806,7 @@ static void tick(struct vouch *v)
                         allowance_free(v, a, true);
                 }
         }
-        if (all && v->strays && now - v->since_ms > STRAY_MS)
+        if (all && v->strays && clock_ms() - v->since_ms > STRAY_MS)
                 strays_free(v, &s);
         pthread_mutex_unlock(&v->lock);
         forget(&s, seen);
