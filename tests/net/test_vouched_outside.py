@@ -543,7 +543,7 @@ def test_what_changes_is_decided_anew(world: World, server: socket.socket, what:
 
 
 def test_an_open_flow_outlives_its_allowance(world: World, server: socket.socket) -> None:
-    """The address is a mesh pod's by now: who has it open keeps it, as with the engine; who comes gets HBONE or nothing."""
+    """The address is a mesh pod's by now: who has it open keeps it, as in the engine; who comes gets HBONE."""
     world.allow(server)
     ends = world.native(server)
     world.tell(world.nodes.record(world.far))
