@@ -35,7 +35,7 @@
  * destroys both sockets; a packet that leaves all the same is dropped, after a second turned around, which resets its
  * sender. Whatever is full, late or unknown ends at the engine, or is a SYN
  * that is dropped and comes again. Bytes are counted at the end that sends them, by sequence number, so that what is
- * sent twice counts once.
+ * sent twice counts once. The end that closes second, or resets, says what became of the flow (`ended`).
  *
  * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note
  * there, so none is left; and nobody counts what they send, so the pod's end counts what it has received when it
@@ -66,6 +66,7 @@
 #define AF_INET6 10
 #define SOCK_STREAM 1
 #define TCP_ESTABLISHED 1
+#define TCP_LAST_ACK 9
 #define TCP_LISTEN 10
 #define MAX_EXTENSIONS 8
 
@@ -114,6 +115,12 @@ struct {
         __type(key, __u32);
         __type(value, struct vouch_slot);
 } slots SEC(".maps");
+
+/* The node's, read by the engine. */
+struct {
+        __uint(type, BPF_MAP_TYPE_RINGBUF);
+        __uint(max_entries, VOUCH_ENDED_BYTES);
+} ended SEC(".maps");
 
 struct map_of_pending pending SEC(".maps");
 
@@ -189,9 +196,9 @@ static __always_inline int turn(struct __sk_buff *skb)
 struct packet {
         struct bpf_sock_tuple tuple; /* in the packet's own direction */
         __u32 tuple_size;
-        __u32 seq, ack_seq;          /* host order */
-        __u32 payload;               /* bytes */
-        bool syn, ack, rst, options; /* options: of IPv4 */
+        __u32 seq, ack_seq;               /* host order */
+        __u32 payload;                    /* bytes */
+        bool syn, ack, rst, fin, options; /* options: of IPv4 */
 };
 
 /* Where the TCP header is: > 0; 0: not TCP or none of our business; < 0: -reason to drop. */
@@ -292,6 +299,7 @@ static __always_inline int find_tcp(struct __sk_buff *skb, struct packet *p)
         p->syn = tcp.syn;
         p->ack = tcp.ack;
         p->rst = tcp.rst;
+        p->fin = tcp.fin;
         __u32 headers = (__u32)at + tcp.doff * 4;
         p->payload = skb->len > headers ? skb->len - headers : 0;
         if (p->tuple_size == sizeof(p->tuple.ipv4)) {
@@ -459,6 +467,37 @@ static __always_inline void outside_received(struct bpf_sock *sk, struct capture
         fated->received = got;
 }
 
+/* Says that a vouched flow ends, once: with the FIN of the end that closes second, or with a reset. Who received a FIN
+ * has counted it as a byte. */
+static __always_inline void tell_end(struct bpf_sock *sk, struct packet *p, struct capture_fated *fated)
+{
+        __u32 state = *(volatile __u32 *)&sk->state;
+        bool second = p->fin && state == TCP_LAST_ACK;
+        if ((!second && !p->rst) || fated->told)
+                return;
+        struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);
+        struct vouch_ended *e = bpf_ringbuf_reserve(&ended, sizeof(*e), 0);
+        if (!e) {
+                count(COUNT_VOUCH_UNTOLD);
+                return;
+        }
+        __u16 port = p->tuple_size == sizeof(p->tuple.ipv4)
+                             ? (fated->opened ? p->tuple.ipv4.sport : p->tuple.ipv4.dport)
+                             : (fated->opened ? p->tuple.ipv6.sport : p->tuple.ipv6.dport);
+        __u64 other = tcp ? tcp->bytes_received - second : 0;
+        e->slot = fated->slot;
+        e->generation = fated->generation;
+        e->port = bpf_ntohs(port);
+        e->reset = !second;
+        e->reserved = 0;
+        e->sent = fated->opened ? fated->bytes : other;
+        e->received = fated->opened ? other : fated->bytes;
+        e->since = fated->since;
+        e->when = bpf_ktime_get_ns();
+        bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+        fated->told = 1;
+}
+
 /* A packet of a vouched flow leaves. */
 static __always_inline int vouched_leaves(struct __sk_buff *skb, struct bpf_sock *sk, struct packet *p,
                                           struct capture_fated *fated)
@@ -484,6 +523,8 @@ static __always_inline int vouched_leaves(struct __sk_buff *skb, struct bpf_sock
         }
         if (s->taken == VOUCH_OUTSIDE)
                 outside_received(sk, fated, s);
+        else if (p->fin || p->rst)
+                tell_end(sk, p, fated);
         return pass(COUNT_VOUCHED);
 }
 

@@ -84,11 +84,11 @@ static const char *const node_names[] = {"link", "probe_syn", "probe_ports", "ku
 #define NODE "node" /* no pod's UID */
 #define NODE_PATH (PATH_MAX - 64)
 /* What vouched flows need of the node. */
-static const char *const vouch_names[] = {"vouched", "slots", "flows"};
+static const char *const vouch_names[] = {"vouched", "slots", "ended", "flows"};
 /* The maps that are the same in the layout before. */
 static const char *const kept_names[] = {"listeners", "engine_sk", "own", "asking", "addresses", "pod"};
 /* The maps that pods take from there. */
-static const char *const shared_names[] = {"probe_notes", "vouched", "slots"};
+static const char *const shared_names[] = {"probe_notes", "vouched", "slots", "ended"};
 
 static int fail(char *error, int code, const char *format, ...)
 {
@@ -658,16 +658,16 @@ static int load_flows(const char *node)
         return result;
 }
 
-int capture_vouch(const char *pins, int fds[4], char *error)
+int capture_vouch(const char *pins, int fds[VOUCH_FDS], char *error)
 {
-        static const char *const names[] = {"verdicts", "fates", "slots", "flows"};
+        static const char *const names[VOUCH_FDS] = {"verdicts", "fates", "slots", "flows", "ended"};
         char node[NODE_PATH];
         libbpf_set_print(silent);
         node_of(node, pins);
         int result = load_flows(node);
         if (result < 0)
                 return fail(error, result, "load the iterator of vouched flows (BTF of the kernel)");
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < VOUCH_FDS; i++) {
                 fds[i] = open_pin(i < 2 ? pins : node, names[i]);
                 if (fds[i] < 0) {
                         result = fail(error, fds[i], "%s of %s", names[i], pins);
@@ -679,34 +679,49 @@ int capture_vouch(const char *pins, int fds[4], char *error)
         return 0;
 }
 
-/* How many entries of a map of SYNs are older than that; takes them out where it is told to. */
-static int old_entries(const char *pins, const char *name, uint64_t ns, bool take)
+static uint64_t now_ns(void)
+{
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+static int by_ends(const void *a, const void *b)
+{
+        return memcmp(a, b, offsetof(struct capture_seen, kind));
+}
+
+/* How many entries of a map of SYNs are older than that moment; takes them out where it is told to, but for those that
+ * have a socket (sorted by ends). */
+static int old_entries(const char *pins, const char *name, uint64_t before_ns, bool take, const struct survey *sockets)
 {
         struct capture_tuple key, next;
         struct capture_probe value;
-        struct timespec now;
         int map = open_pin(pins, name), n = 0;
         if (map < 0)
                 return map;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        uint64_t now_ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
         int most = VOUCH_MAX_NOTES + VOUCH_MAX_PENDING; /* who is asked while others change it may answer twice */
         for (bool more = bpf_map_get_next_key(map, NULL, &next) == 0; more && most > 0; most--) {
+                struct capture_seen ends = {0};
                 key = next;
                 more = bpf_map_get_next_key(map, &key, &next) == 0;
-                if (bpf_map_lookup_elem(map, &key, &value) < 0 || now_ns < value.when || now_ns - value.when < ns)
+                if (bpf_map_lookup_elem(map, &key, &value) < 0 || value.when > before_ns)
                         continue;
+                memcpy(&ends, &key, sizeof(key)); /* both begin with addresses and ports */
                 n++;
-                if (take)
+                if (take &&
+                    !(sockets && sockets->n && bsearch(&ends, sockets->seen, sockets->n, sizeof(ends), by_ends)))
                         bpf_map_delete_elem(map, &key);
         }
         close(map);
         return n;
 }
+_Static_assert(offsetof(struct capture_seen, kind) == sizeof(struct capture_tuple),
+               "a tuple is how a capture_seen begins");
 
 int capture_sweep_notes(const char *node, char *error)
 {
-        int n = old_entries(node, "vouched", VOUCH_STALE_NS, true);
+        int n = old_entries(node, "vouched", now_ns() - VOUCH_STALE_NS, true, NULL);
         return n < 0 && n != -ENOENT ? fail(error, n, "map vouched in %s", node) : 0;
 }
 
@@ -715,19 +730,22 @@ static int run_survey(const char *pins, const char *program, struct survey *s);
 int capture_sweep(const char *pins, int netns, char *error)
 {
         struct survey s = {0};
-        int back, result = old_entries(pins, "pending", KUBELET_NOTE_NS, false);
+        uint64_t before_ns = now_ns() - KUBELET_NOTE_NS; /* by then steer has handed it over, or will not */
+        int back, result = old_entries(pins, "pending", before_ns, false, NULL);
         libbpf_set_print(silent);
-        if (result == -ENOENT)
+        if (result == -ENOENT || result == 0)
                 return 0;
         if (result > 0 && netns >= 0) {
                 if ((result = enter(netns, &back)) < 0)
                         return fail(error, result, "enter the network namespace");
                 result = run_survey(pins, "adopt", &s);
                 leave(back);
-                free(s.seen);
+                if (s.n)
+                        qsort(s.seen, s.n, sizeof(*s.seen), by_ends);
         }
         if (result >= 0)
-                result = old_entries(pins, "pending", VOUCH_PENDING_NS, true);
+                result = old_entries(pins, "pending", before_ns, true, &s);
+        free(s.seen);
         return result < 0 ? fail(error, result, "sweep the pending SYNs in %s", pins) : 0;
 }
 
@@ -828,11 +846,6 @@ static int note_all(const char *pins, uint64_t since_us, char *error)
         else if (result < 0)
                 fail(error, result, "note the open connections");
         return result;
-}
-
-static int by_ends(const void *a, const void *b)
-{
-        return memcmp(a, b, offsetof(struct capture_seen, kind));
 }
 
 /* How many of a kind there are whose other end is in this namespace too, or is not. Sorts. */
@@ -1018,6 +1031,7 @@ static const char *const counter_names[] = {
         [COUNT_VOUCH_FULL] = "vouch_full",
         [COUNT_VOUCH_CUT] = "vouch_cut",
         [COUNT_IN_VOUCHED] = "to_application_vouched",
+        [COUNT_VOUCH_UNTOLD] = "vouched_untold",
         [COUNT_IN_LATE] = "vouched_late",
         [COUNT_OUTSIDE] = "outside_vouched",
 };

@@ -42,9 +42,9 @@ int capture_prepare(const char *pins, const char *addresses, char *error);
 int capture_upgrade(const char *from, const char *pins, char *error);
 /* The fds of `listeners` and `engine_sk`; the caller closes them. */
 int capture_maps(const char *pins, int *listeners, int *engine_sk, char *error);
-/* What the engine needs to vouch for flows: fds of `verdicts`, `fates`, the node's `slots` and iterator `flows`; the
- * caller closes them. Needs BTF of the kernel. */
-int capture_vouch(const char *pins, int fds[4], char *error);
+/* What the engine needs to vouch for flows: fds of `verdicts`, `fates`, the node's `slots`, iterator `flows` and
+ * `ended`; the caller closes them. Needs BTF of the kernel. */
+int capture_vouch(const char *pins, int fds[VOUCH_FDS], char *error);
 /* Gives accepted sockets that have said nothing their fate, and takes SYNs out that became no socket. netns -1: it is
  * gone. */
 int capture_sweep(const char *pins, int netns, char *error);

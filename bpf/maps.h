@@ -21,13 +21,13 @@
                        */
 #define VOUCH_MAX_NOTES 4096
 #define VOUCH_MAX_SLOTS 8192
-#define VOUCH_MAX_VERDICTS 1024          /* of a pod */
-#define VOUCH_MAX_PENDING 2048           /* of a pod */
-#define VOUCH_CUT_NS 1000000000ULL       /* how long the engine has to destroy the sockets of flows that it ends */
-#define VOUCH_FULL_NS 5000000000ULL      /* how long the engine has the pair after that */
-#define VOUCH_STALE_NS 5000000000ULL     /* a note's, until it is swept; worthless long before */
-#define VOUCH_PENDING_NS 120000000000ULL /* that of a SYN that became no socket: longer than any handshake */
-#define KUBELET_REPLY_NS 30000000000ULL  /* until when the application's socket must have sent its first packet */
+#define VOUCH_MAX_VERDICTS 1024         /* of a pod */
+#define VOUCH_MAX_PENDING 2048          /* of a pod */
+#define VOUCH_ENDED_BYTES (512 * 1024)  /* of records of flows that ended: 9 000 */
+#define VOUCH_CUT_NS 1000000000ULL      /* how long the engine has to destroy the sockets of flows that it ends */
+#define VOUCH_FULL_NS 5000000000ULL     /* how long the engine has the pair after that */
+#define VOUCH_STALE_NS 5000000000ULL    /* a note's, until it is swept; worthless long before */
+#define KUBELET_REPLY_NS 30000000000ULL /* until when the application's socket must have sent its first packet */
 
 /* cdef begin */
 enum capture_slot { SLOT_OUTBOUND = 0, SLOT_INBOUND = 1, SLOT_HBONE = 2, SLOT_COUNT = 3 };
@@ -67,6 +67,7 @@ enum capture_counter {
         COUNT_VOUCH_FULL,     /* no room for a note: the engine's */
         COUNT_VOUCH_CUT,      /* outbound packets of flows whose allowance was withdrawn: turned around */
         COUNT_IN_VOUCHED,     /* SYNs of vouched flows handed to the application */
+        COUNT_VOUCH_UNTOLD,   /* vouched flows that ended without room to say so: no line of their own in the log */
         COUNT_IN_LATE,        /* of those, dropped: an old note, one withdrawn, or no room; the client repeats them */
         COUNT_OUTSIDE,        /* SYNs to destinations outside the mesh that passed natively */
         COUNT_MAX
@@ -100,7 +101,8 @@ struct capture_fated {
         __u32 isn;
         __u32 slot, generation;
         __u32 next;     /* sequence number behind the last byte that was counted */
-        __u32 opened;   /* it is the end that opened it */
+        __u16 opened;   /* it is the end that opened it */
+        __u16 told;     /* that it has ended */
         __u64 bytes;    /* sent by this end */
         __u64 since;    /* CLOCK_MONOTONIC in ns */
         __u64 received; /* by this end, where the other one is outside the mesh */
@@ -108,6 +110,8 @@ struct capture_fated {
 
 /* What a slot is for. */
 enum vouch_kind { VOUCH_FREE = 0, VOUCH_PAIR = 1, VOUCH_OUTSIDE = 2 };
+
+#define VOUCH_FDS 5 /* what an engine gets of a pod to vouch: loader.h, capture_vouch */
 
 /* An allowance's state: value of the node's `slots`. The engine writes the generation, the programs count. */
 struct vouch_slot {
@@ -130,6 +134,15 @@ struct vouch_flow {
         __u16 local_port, remote_port; /* host order */
         __u32 slot, generation, opened;
         __u64 bytes, received, since, cookie; /* received: as in struct capture_fated */
+};
+
+/* A vouched flow that ends; record of the node's `ended`. sent: by the end that opened it. */
+struct vouch_ended {
+        __u32 slot, generation;
+        __u16 port;  /* of the end that opened it, host order */
+        __u16 reset; /* by a reset, not in order */
+        __u32 reserved;
+        __u64 sent, received, since, when; /* since, when: CLOCK_MONOTONIC in ns */
 };
 
 /* What the survey (survey.bpf.c) says of each TCP socket of the namespace. */

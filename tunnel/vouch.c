@@ -34,7 +34,9 @@
  * Counters: the programs count connections and bytes per slot, `fold` hands what has grown to the label sets. When a
  * flow ends nobody tells; but the sockets that are there can be seen (iterator `flows`), so those that were opened and
  * are not there have ended. A thread of its own looks once a second, a scrape when it comes. Opened connections are
- * read before the sockets, so one that comes between counts as neither.
+ * read before the sockets, so one that comes between counts as neither. The log has a line for each flow whose end the
+ * programs have told (`ended`), and one for all others of a pair that have ended meanwhile, as for all of a destination
+ * outside the mesh: of those the pod's end does not know when it is the last one.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -57,7 +59,10 @@
 #include "vouch.h"
 
 #define BUCKETS 4096
-#define TICK_S 1
+#define TICK_MS 1000
+#define DRAIN_MS 100 /* how often it is looked whether flows have ended, and while they do */
+#define BUSY_MS 10
+#define PAGE ((size_t)sysconf(_SC_PAGESIZE))
 #define RESET_ROUNDS 5 /* how often, and after what time, it is looked whether resets have arrived */
 #define RESET_US 2000
 #define NOTE_MS 3000         /* longer than a note lives */
@@ -86,7 +91,9 @@ struct allowance {
         uint64_t closed_ms, used_ms, until_s;
         struct event_set *set[2];
         uint64_t opened_before, told_opened, told_closed, told_sent, told_received;
-        uint32_t live[2]; /* ends: that opened, the other */
+        uint64_t logged; /* of told_closed and what is about to be: those that have a line of their own */
+        uint64_t logged_sent, logged_received; /* outside: what the lines so far have told */
+        uint32_t live[2];                      /* ends: that opened, the other */
 };
 
 /* What a pod gave us. */
@@ -99,6 +106,13 @@ struct member {
 struct sight {
         struct pod *pod;
         struct vouch_flow flow;
+};
+
+/* The ring `ended`: the kernel's side is mapped for reading only. */
+struct ring {
+        int fd;
+        _Atomic uint64_t *consumer;
+        const uint8_t *producer; /* a page with the position, then the records, twice */
 };
 
 struct sights {
@@ -118,6 +132,7 @@ struct vouch {
         int slots_fd, program;
         uint32_t slots_id;
         struct vouch_slot *slots;
+        struct ring ended;
         struct member *members;
         struct allowance *buckets[BUCKETS];
         struct allowance *by_slot[VOUCH_MAX_SLOTS];
@@ -249,8 +264,21 @@ static bool look_at(const struct vouch *v, struct pod *pod, int fates, struct si
 /* -- sockets --------------------------------------------------------------------------------------------------------
  */
 
+/* Where sockets of one pod are ended, of one after another. */
+struct ender {
+        struct pod *pod;
+        int fd;
+};
+
+static void ender_close(struct ender *e)
+{
+        if (e->pod && e->fd >= 0)
+                close(e->fd);
+        e->pod = NULL;
+}
+
 /* Ends a socket of the pod's with a reset. 0, -ENOENT: it is gone; -errno. */
-static int destroy(struct pod *p, const struct vouch_flow *flow)
+static int destroy(struct ender *e, struct pod *p, const struct vouch_flow *flow)
 {
         struct {
                 struct nlmsghdr header;
@@ -265,9 +293,16 @@ static int destroy(struct pod *p, const struct vouch_flow *flow)
         memset(&ask, 0, sizeof(ask));
         memcpy(local.ip, flow->local, 16);
         bool four = addr_is_v4(&local);
-        int fd = pod_socket(p, AF_NETLINK, SOCK_RAW, NETLINK_SOCK_DIAG), result = 0;
-        if (fd < 0)
-                return fd;
+        int result = 0;
+        if (e->pod != p) {
+                struct timeval limit = {.tv_sec = 1};
+                ender_close(e);
+                e->fd = pod_socket(p, AF_NETLINK, SOCK_RAW, NETLINK_SOCK_DIAG);
+                e->pod = p;
+                setsockopt(e->fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+        }
+        if (e->fd < 0)
+                return e->fd;
         ask.header.nlmsg_len = sizeof(ask);
         ask.header.nlmsg_type = SOCK_DESTROY;
         ask.header.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK;
@@ -280,13 +315,12 @@ static int destroy(struct pod *p, const struct vouch_flow *flow)
         memcpy(ask.request.id.idiag_dst, flow->remote + (four ? 12 : 0), four ? 4 : 16);
         ask.request.id.idiag_cookie[0] = (uint32_t)flow->cookie;
         ask.request.id.idiag_cookie[1] = (uint32_t)(flow->cookie >> 32);
-        struct timeval limit = {.tv_sec = 1};
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-        if (send(fd, &ask, sizeof(ask), 0) < 0 || recv(fd, &answer, sizeof(answer), 0) < 0)
+        if (send(e->fd, &ask, sizeof(ask), 0) < 0 || recv(e->fd, &answer, sizeof(answer), 0) < 0)
                 result = -errno;
         else if (answer.header.nlmsg_type == NLMSG_ERROR)
                 result = answer.error.error;
-        close(fd);
+        if (result == -EAGAIN) /* its answer would be the next one's */
+                ender_close(e);
         return result == -ESTALE ? -ENOENT : result;
 }
 
@@ -479,9 +513,9 @@ static bool slot_take(struct vouch *v, enum vouch_kind kind, uint32_t *slot)
 static void told_all(struct vouch *v, struct allowance *a)
 {
         const struct vouch_slot *s = &v->slots[a->slot];
-        a->told_opened = a->told_closed = __atomic_load_n(&s->opened, __ATOMIC_RELAXED);
-        a->told_sent = __atomic_load_n(&s->sent, __ATOMIC_RELAXED);
-        a->told_received = __atomic_load_n(&s->received, __ATOMIC_RELAXED);
+        a->told_opened = a->told_closed = a->logged = __atomic_load_n(&s->opened, __ATOMIC_RELAXED);
+        a->told_sent = a->logged_sent = __atomic_load_n(&s->sent, __ATOMIC_RELAXED);
+        a->told_received = a->logged_received = __atomic_load_n(&s->received, __ATOMIC_RELAXED);
 }
 
 /* Until when an allowance may be in force, CLOCK_MONOTONIC in ns; certificates last until until_s. */
@@ -655,17 +689,21 @@ static void hold_set_outside(struct vouch *v, const struct mesh_view *view, stru
                                  vouch_leaves_mesh(&r, &a->dst) ? &r : &unknown, clock_ms());
 }
 
-/* A line for flows that ended, as the engine writes it for what it lets pass. */
-static void tell_ended_outside(struct vouch *v, const struct allowance *a, uint64_t ended, uint64_t open, uint64_t sent,
+/* A line for the flows that ended since the last one, with the bytes that went since then; as the engine writes it for
+ * what it lets pass. Totals are given. */
+static void tell_ended_outside(struct vouch *v, struct allowance *a, uint64_t closed, uint64_t open, uint64_t sent,
                                uint64_t received)
 {
         char src[ENDPOINT_STRLEN], dst[ENDPOINT_STRLEN];
         event_log(v->engine->event, NULL, "info",
                   "connections complete=%llu open=%llu src.addr=%s src.workload=\"%s\" src.namespace=\"%s\" "
                   "dst.addr=%s direction=native bytes_sent=%llu bytes_recv=%llu",
-                  (unsigned long long)ended, (unsigned long long)open, addr_format(&a->src, src), a->src_name,
-                  a->src_namespace, endpoint_format(&a->dst, dst), (unsigned long long)sent,
-                  (unsigned long long)received);
+                  (unsigned long long)(closed - a->logged), (unsigned long long)open, addr_format(&a->src, src),
+                  a->src_name, a->src_namespace, endpoint_format(&a->dst, dst),
+                  (unsigned long long)(sent - a->logged_sent), (unsigned long long)(received - a->logged_received));
+        a->logged = closed;
+        a->logged_sent = sent;
+        a->logged_received = received;
 }
 
 bool vouch_is_late(struct vouch *v, const struct addr *src, const struct endpoint *dst)
@@ -736,8 +774,57 @@ static void forget(struct sights *s, struct member *seen)
         free(s->at);
 }
 
-/* What has grown goes to the counters; a line for the flows that ended. With the lock held. */
-static void fold(struct vouch *v, struct allowance *a)
+static void tell_ended(struct vouch *v, struct event_worker *ev, const struct vouch_ended *e)
+{
+        struct allowance *a = e->slot < VOUCH_MAX_SLOTS ? v->by_slot[e->slot] : NULL;
+        char src[ENDPOINT_STRLEN], dst[ENDPOINT_STRLEN];
+        if (!a || a->generation != e->generation)
+                return;
+        struct endpoint from = {.addr = a->src, .port = e->port};
+        event_log(v->engine->event, ev, "info",
+                  "connection complete src.addr=%s src.workload=\"%s\" src.namespace=\"%s\" dst.addr=%s "
+                  "direction=native bytes_sent=%llu bytes_recv=%llu duration=\"%llums\" src.identity=\"%s\" "
+                  "dst.identity=\"%s\"%s",
+                  endpoint_format(&from, src), a->src_name, a->src_namespace, endpoint_format(&a->dst, dst),
+                  (unsigned long long)e->sent, (unsigned long long)e->received,
+                  (unsigned long long)((e->when - e->since) / 1000000), a->src_identity, a->dst_identity,
+                  e->reset ? " error=\"connection reset\"" : "");
+        a->logged++;
+}
+
+/* Lines for the flows that the programs have told of, as long as the log has room. True: no more are there. With the
+ * lock held. */
+static bool drain(struct vouch *v, unsigned *n)
+{
+        if (!v->ended.consumer)
+                return true;
+        struct event_worker *ev = event_worker(v->engine->event, v->engine->nworkers);
+        uint64_t at = atomic_load_explicit(v->ended.consumer, memory_order_relaxed);
+        uint64_t end = __atomic_load_n((const uint64_t *)v->ended.producer, __ATOMIC_ACQUIRE);
+        bool all = true;
+        while (at < end) {
+                const uint8_t *record = v->ended.producer + PAGE + at % VOUCH_ENDED_BYTES;
+                uint32_t len = __atomic_load_n((const uint32_t *)record, __ATOMIC_ACQUIRE);
+                if (len & BPF_RINGBUF_BUSY_BIT || !event_log_room(v->engine->event, ev)) {
+                        all = false;
+                        break;
+                }
+                bool there = !(len & BPF_RINGBUF_DISCARD_BIT);
+                len &= ~(uint32_t)BPF_RINGBUF_DISCARD_BIT;
+                struct vouch_ended e;
+                if (there && len == sizeof(e)) {
+                        memcpy(&e, record + BPF_RINGBUF_HDR_SZ, sizeof(e));
+                        tell_ended(v, ev, &e);
+                        (*n)++;
+                }
+                at += (BPF_RINGBUF_HDR_SZ + len + 7) / 8 * 8;
+                atomic_store_explicit(v->ended.consumer, at, memory_order_release);
+        }
+        return all;
+}
+
+/* What has grown goes to the counters; a line for those that ended and had none. With the lock held. */
+static void fold(struct vouch *v, struct allowance *a, bool drained)
 {
         const struct vouch_slot *s = &v->slots[a->slot];
         uint64_t now = clock_ms(), live = a->live[a->source ? 0 : 1], opened = a->opened_before;
@@ -753,18 +840,20 @@ static void fold(struct vouch *v, struct allowance *a)
         for (int i = 0; i < 2 && a->set[i]; i++)
                 event_add(a->set[i], opened - a->told_opened, ended, sent - a->told_sent, received - a->told_received,
                           now);
-        if (ended && a->outside) {
-                tell_ended_outside(v, a, ended, live, sent - a->told_sent, received - a->told_received);
-        } else if (ended) {
+        if (ended && a->outside)
+                tell_ended_outside(v, a, closed, live, sent, received);
+        if (drained && closed > a->logged) {
                 char src[ENDPOINT_STRLEN], dst[ENDPOINT_STRLEN];
                 event_log(v->engine->event, NULL, "info",
                           "connections complete=%llu open=%llu src.addr=%s src.workload=\"%s\" src.namespace=\"%s\" "
-                          "dst.addr=%s direction=native bytes_sent=%llu bytes_recv=%llu src.identity=\"%s\" "
-                          "dst.identity=\"%s\"",
-                          (unsigned long long)ended, (unsigned long long)live, addr_format(&a->src, src), a->src_name,
-                          a->src_namespace, endpoint_format(&a->dst, dst), (unsigned long long)(sent - a->told_sent),
-                          (unsigned long long)(received - a->told_received), a->src_identity, a->dst_identity);
+                          "dst.addr=%s direction=native src.identity=\"%s\" dst.identity=\"%s\"",
+                          (unsigned long long)(closed - a->logged), (unsigned long long)live, addr_format(&a->src, src),
+                          a->src_name, a->src_namespace, endpoint_format(&a->dst, dst), a->src_identity,
+                          a->dst_identity);
+                a->logged = closed;
         }
+        if (drained && !live)
+                a->logged = closed; /* a flow may have told of its end twice, from both */
         a->told_opened = opened;
         a->told_closed = closed;
         a->told_sent = sent;
@@ -782,21 +871,26 @@ static void tick(struct vouch *v)
                 return;
         }
         bool all = look(v, &s, &seen);
+        struct ender e = {0};
         for (size_t i = 0; i < s.n; i++) /* what was cut and is still there */
                 if (s.at[i].flow.slot < VOUCH_MAX_SLOTS &&
                     s.at[i].flow.generation != generation_of(v, s.at[i].flow.slot))
-                        destroy(s.at[i].pod, &s.at[i].flow);
+                        destroy(&e, s.at[i].pod, &s.at[i].flow);
+        ender_close(&e);
         pthread_mutex_lock(&v->lock);
+        unsigned n = 0;
+        bool drained = drain(v, &n); /* whose socket was not there any more has told by now */
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS && all; i++) {
                 struct allowance *a = v->by_slot[i];
                 if (!a || !a->counted)
                         continue;
                 if (a->inherited && a->set[0]) { /* those that are open were opened for this engine's counters too */
                         uint64_t live = a->live[a->source ? 0 : 1];
-                        a->told_opened = a->told_closed = a->opened_before > live ? a->opened_before - live : 0;
+                        a->told_opened = a->told_closed = a->logged =
+                                a->opened_before > live ? a->opened_before - live : 0;
                         a->inherited = false;
                 }
-                fold(v, a);
+                fold(v, a, drained);
                 uint64_t now = clock_ms(); /* not before what was noted of it */
                 uint64_t idle_ms = a->outside && crowded(v, a->source) ? CROWDED_MS : IDLE_MS;
                 if (a->open && !a->live[0] && !a->live[1] && now - a->used_ms > idle_ms)
@@ -853,14 +947,22 @@ void vouch_each(struct vouch *v, void (*each)(void *arg, const struct vouch_seen
 static void *watch(void *arg)
 {
         struct vouch *v = arg;
+        uint64_t due = clock_ms() + TICK_MS;
+        unsigned wait_ms = DRAIN_MS;
         pthread_mutex_lock(&v->lock);
         while (!v->stop) {
                 struct timespec until;
-                clock_gettime(CLOCK_MONOTONIC, &until);
-                until.tv_sec += TICK_S;
+                uint64_t at = clock_ms() + wait_ms;
+                until.tv_sec = (time_t)(at / 1000);
+                until.tv_nsec = (long)(at % 1000) * 1000000;
                 pthread_cond_timedwait(&v->end, &v->lock, &until);
                 if (v->stop)
                         break;
+                unsigned n = 0;
+                wait_ms = drain(v, &n) && n < 8 ? DRAIN_MS : BUSY_MS;
+                if (clock_ms() < due)
+                        continue;
+                due = clock_ms() + TICK_MS;
                 pthread_mutex_unlock(&v->lock);
                 tick(v);
                 pthread_mutex_lock(&v->lock);
@@ -909,7 +1011,7 @@ static enum judgement judge(const struct vouch *v, const struct mesh_view *view,
 }
 
 /* One line and one denial for each flow that a policy ends. */
-static void tell_cut(struct vouch *v, const struct allowance *a, const struct vouch_flow *flow, const char *policy,
+static void tell_cut(struct vouch *v, struct allowance *a, const struct vouch_flow *flow, const char *policy,
                      const char *reason)
 {
         char src[ENDPOINT_STRLEN], dst[ENDPOINT_STRLEN];
@@ -931,6 +1033,7 @@ static void tell_cut(struct vouch *v, const struct allowance *a, const struct vo
                   endpoint_format(&from, src), a->src_name, a->src_namespace, endpoint_format(&a->dst, dst),
                   (unsigned long long)flow->bytes, (unsigned long long)(clock_ms() - flow->since / 1000000),
                   a->src_identity, a->dst_identity, policy);
+        a->logged++;
 }
 
 /* Who the ends of what was taken over are that are no pods of ours: whom the whole state has at their addresses. */
@@ -974,10 +1077,12 @@ static void hold_sets(struct vouch *v, const struct mesh_view *view, struct allo
 /* Destroys the ends of flows that were cut: those that opened them, or the others. */
 static void end_all(const struct sights *s, const bool *gone, bool opened)
 {
+        struct ender e = {0};
         for (size_t i = 0; i < s->n; i++)
                 if (s->at[i].flow.slot < VOUCH_MAX_SLOTS && gone[s->at[i].flow.slot] &&
                     (s->at[i].flow.opened != 0) == opened)
-                        destroy(s->at[i].pod, &s->at[i].flow);
+                        destroy(&e, s->at[i].pod, &s->at[i].flow);
+        ender_close(&e);
 }
 
 /* Makes every flow of the slot worthless. With the lock held. */
@@ -1096,6 +1201,34 @@ void vouch_enable(struct vouch *v, bool on)
         pthread_mutex_unlock(&v->lock);
 }
 
+static void ring_drop(struct ring *r)
+{
+        if (r->consumer)
+                munmap((void *)r->consumer, PAGE);
+        if (r->producer)
+                munmap((void *)(uintptr_t)r->producer, PAGE + 2 * (size_t)VOUCH_ENDED_BYTES);
+        if (r->fd >= 0)
+                close(r->fd);
+        *r = (struct ring){.fd = -1};
+}
+
+/* Takes over fd. */
+static int ring_map(struct ring *r, int fd)
+{
+        *r = (struct ring){.fd = fd};
+        if (fd < 0)
+                return -errno;
+        void *at = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (at == MAP_FAILED)
+                return -errno;
+        r->consumer = at;
+        at = mmap(NULL, PAGE + 2 * (size_t)VOUCH_ENDED_BYTES, PROT_READ, MAP_SHARED, fd, (off_t)PAGE);
+        if (at == MAP_FAILED)
+                return -errno;
+        r->producer = at;
+        return 0;
+}
+
 static void node_drop(struct vouch *v)
 {
         if (!v->slots)
@@ -1103,26 +1236,31 @@ static void node_drop(struct vouch *v)
         munmap(v->slots, VOUCH_MAX_SLOTS * sizeof(struct vouch_slot));
         close(v->slots_fd);
         close(v->program);
+        ring_drop(&v->ended);
         v->slots = NULL;
 }
 
 /* The node's maps, when they are others than before: the last pod was gone meanwhile. */
-static int node_take(struct vouch *v, int slots, int program)
+static int node_take(struct vouch *v, int slots, int program, int ended)
 {
         uint32_t id = map_id(slots);
+        struct ring ring = {.fd = -1};
         if (v->slots && id == v->slots_id)
                 return 0;
         int fds[2] = {fcntl(slots, F_DUPFD_CLOEXEC, 3), fcntl(program, F_DUPFD_CLOEXEC, 3)};
+        int error = ring_map(&ring, fcntl(ended, F_DUPFD_CLOEXEC, 3));
         void *at = MAP_FAILED;
-        if (fds[0] >= 0 && fds[1] >= 0)
+        if (fds[0] >= 0 && fds[1] >= 0 && error == 0) {
                 at = mmap(NULL, VOUCH_MAX_SLOTS * sizeof(struct vouch_slot), PROT_READ | PROT_WRITE, MAP_SHARED, fds[0],
                           0);
+                error = -errno;
+        }
         if (at == MAP_FAILED) {
-                int error = -errno;
+                ring_drop(&ring);
                 for (int i = 0; i < 2; i++)
                         if (fds[i] >= 0)
                                 close(fds[i]);
-                return error;
+                return error < 0 ? error : -EMFILE;
         }
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++)
                 if (v->by_slot[i]) {
@@ -1133,6 +1271,7 @@ static int node_take(struct vouch *v, int slots, int program)
         v->slots = at;
         v->slots_fd = fds[0];
         v->program = fds[1];
+        v->ended = ring;
         v->slots_id = id;
         v->since_ms = clock_ms();
         v->strays = true;
@@ -1179,7 +1318,7 @@ static void take_over(struct vouch *v, struct pod *p, const struct sights *s)
                 }
 }
 
-int vouch_pod(struct vouch *v, struct pod *p, const int fds[4])
+int vouch_pod(struct vouch *v, struct pod *p, const int *fds)
 {
         vouch_pod_gone(v, p);
         struct sights s = {0};
@@ -1191,7 +1330,7 @@ int vouch_pod(struct vouch *v, struct pod *p, const int fds[4])
                              .fates = fcntl(fds[1], F_DUPFD_CLOEXEC, 3)};
         pthread_mutex_lock(&v->look);
         pthread_mutex_lock(&v->lock);
-        int result = m->verdicts < 0 || m->fates < 0 ? -EMFILE : node_take(v, fds[2], fds[3]);
+        int result = m->verdicts < 0 || m->fates < 0 ? -EMFILE : node_take(v, fds[2], fds[3], fds[4]);
         if (result == 0 && !v->started) {
                 result = -pthread_create(&v->thread, NULL, watch, v);
                 v->started = result == 0;
@@ -1303,7 +1442,7 @@ struct vouch *vouch_new(struct tunnel *t)
         if (!v)
                 return NULL;
         v->engine = t;
-        v->slots_fd = v->program = -1;
+        v->slots_fd = v->program = v->ended.fd = -1;
         pthread_condattr_init(&monotonic);
         pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
         pthread_mutex_init(&v->look, NULL);

@@ -19,9 +19,9 @@ void vouch_free(struct vouch *v);
 
 /* Control thread. Off: nothing new, and what was allowed is taken back; open flows go on. */
 void vouch_enable(struct vouch *v, bool on);
-/* fds: verdicts, fates, slots, flows (bpf/loader.h, capture_vouch). Flows that are open already, allowed by an engine
- * before this one, are taken over. */
-int vouch_pod(struct vouch *v, struct pod *p, const int fds[4]);
+/* fds: verdicts, fates, slots, flows, ended (bpf/loader.h, capture_vouch). Flows that are open already, allowed by an
+ * engine before this one, are taken over. */
+int vouch_pod(struct vouch *v, struct pod *p, const int *fds);
 /* No new flow from or to this pod. */
 void vouch_pod_draining(struct vouch *v, struct pod *p);
 /* It is not who it was: its flows end. */

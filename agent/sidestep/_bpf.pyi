@@ -25,6 +25,7 @@ class _Lib:
     SLOT_HBONE: int
     SLOT_COUNT: int
     COUNT_MAX: int
+    VOUCH_FDS: int
     KUBELET_NOTED: int
     KUBELET_REFUSED: int
     KUBELET_FULL: int

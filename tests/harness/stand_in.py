@@ -74,7 +74,7 @@ class Capture:
 
     def vouch(self) -> list[int]:
         """What an engine that vouches gets beside `maps`."""
-        fds = ffi.new("int[4]")
+        fds = ffi.new("int[]", lib.VOUCH_FDS)
         self._check(lib.capture_vouch(self.pins, fds, self._error))
         return list(fds)
 

@@ -76,6 +76,12 @@ def test_either_side_may_be_started_anew(shop: Node) -> None:
                 assert await client.ask("without an agent") == "without an agent"
             again = await Client.open(web, api.v4, PORT)  # engine and allowance are there
             await again.close()
+            async with shop.running_agent():
+                await two(shop)
+                mine = {client.local[1] for client in kept}
+                assert mine <= await flows(shop)
+                for client in kept:
+                    assert await client.ask("another agent") == "another agent"
             shop.kill_engine()
             for client in kept:
                 assert await client.ask("without anybody") == "without anybody"

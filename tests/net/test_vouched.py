@@ -10,8 +10,10 @@ import ctypes
 import json
 import os
 import re
+import resource
 import secrets
 import select
+import signal
 import socket
 import struct
 import time
@@ -286,12 +288,70 @@ def test_after_the_first_the_kernel_does_it_alone(world: World, application: soc
             "sent_bytes": received,
         }
     assert "sidestep_same_node_connections_total 1\n" in world.engine().metrics()
+
+
+def test_each_has_a_line_in_the_access_log(world: World, application: socket.socket) -> None:
+    """Whoever closes first, and whoever resets; with both names, and its own bytes."""
+    world.allow(application)
+    wanted = {}
+    endings = [(size, order, reset) for size in (1, 50_000) for order in ("client", "served") for reset in (0, 1)]
+    for size, order, reset in endings:
+        client, served = world.native(application)
+        assert (pump(client, served, size), pump(served, client, 2 * size)) == (size, 2 * size)
+        wanted[f"src.addr={world.flows()[0]['src']} "] = (size + 16, 2 * size + 16, bool(reset))
+        first, second = (client, served) if order == "client" else (served, client)
+        if reset:
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_LINGER)
+            first.close()
+        else:
+            first.shutdown(socket.SHUT_WR)
+            assert second.recv(1) == b""
+        closed(second, first)
     engine = world.nodes.engines[0]
     assert engine is not None
-    eventually("the line", lambda: "direction=native" in engine.log.read_text())
-    lines = [line for line in engine.log.read_text().splitlines() if "direction=native" in line]
-    for field, total in (("complete", 4), ("bytes_sent", sent), ("bytes_recv", received)):
-        assert sum(int(re.findall(rf" {field}=(\d+) ", line)[0]) for line in lines) == total
+
+    def lines() -> list[str]:
+        return [line for line in engine.log.read_text().splitlines() if "direction=native" in line]
+
+    eventually("the lines", lambda: len(lines()) >= len(wanted) + 1)
+    found = lines()[1:]  # of `allow`
+    assert len(found) == len(wanted)
+    for line in found:
+        (source,) = [each for each in wanted if each in line]
+        sent, received, reset_ = wanted[source]
+        assert f" bytes_sent={sent} bytes_recv={received} " in line, line
+        assert f'dst.identity="{world.near.identity}"' in line and f'src.identity="{world.client.identity}"' in line
+        assert ('error="connection reset"' in line) is reset_
+
+
+def test_those_without_room_to_tell_have_a_line_together(world: World, application: socket.socket) -> None:
+    """An engine that does not read: none is lost, in the log or in the counters."""
+    world.allow(application)
+    engine = world.nodes.engines[0]
+    assert engine is not None
+    made, untold = 9500, world.counter(world.client, "vouched_untold")
+    engine.process.send_signal(signal.SIGSTOP)
+    try:
+        for _ in range(made):
+            client = world.connect()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_LINGER)
+            served, _ = application.accept()
+            served.sendall(b"x")
+            closed(client, served)
+    finally:
+        engine.process.send_signal(signal.SIGCONT)
+    untold = world.counter(world.client, "vouched_untold") - untold
+    assert 0 < untold < made
+
+    def told() -> tuple[int, int]:
+        lines = [line for line in engine.log.read_text().splitlines() if "direction=native" in line]
+        alone = [line for line in lines if "connection complete" in line]
+        together = [int(found[0]) for line in lines if (found := re.findall(r"connections complete=(\d+) ", line))]
+        return len(alone) - 1, sum(together)  # one of `allow`
+
+    eventually("the lines", lambda: sum(told()) >= made)
+    assert told() == (made - untold, untold)
+    assert world.metric("istio_tcp_connections_closed_total") == made + 2
 
 
 def pump(one: socket.socket, other: socket.socket, size: int) -> int:
@@ -617,6 +677,28 @@ def test_without_room_at_the_door_it_is_the_engines(world: World, application: s
     closed(*world.native(application))
 
 
+def test_what_said_nothing_and_is_gone_is_swept(world: World, application: socket.socket) -> None:
+    """A reset before the first packet leaves its SYN at the door; what is open there stays, with its fate."""
+    world.allow(application)
+    silent = world.connect(), application.accept()[0]
+    for _ in range(5):
+        client = world.connect()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_LINGER)
+        closed(application.accept()[0], client)
+    assert len(world.notes("pending", world.near)) >= 1
+    capture = world.near.capture
+    assert capture is not None
+
+    def swept() -> bool:
+        capture.sweep()
+        return world.notes("pending", world.near) == {}
+
+    eventually("all are gone", swept)
+    assert len(world.flows()) == 1
+    talk(*silent)
+    closed(*silent)
+
+
 def test_ip_options_are_the_engines(world: World, application: socket.socket) -> None:
     world.allow(application)
     if world.family == 6:
@@ -853,6 +935,39 @@ def test_the_silent_are_cut_too(world: World, application: socket.socket) -> Non
                 end.recv(1)
         closed(*pair)
     assert world.flows() == []
+
+
+def test_a_deny_ends_a_thousand_before_it_is_answered(
+    world: World, application: socket.socket, closing: Callable[..., None]
+) -> None:
+    """Both ends of each have ended when the change is acknowledged; flows of another port go on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
+    world.allow(application)
+    other = world.listen(PORT + 1)
+    closing(other)
+    world.allow(other)
+    kept = world.native(other)
+    pairs = []
+    for n in range(1000):
+        client = world.connect()
+        served, _ = application.accept()
+        pairs.append((client, served))
+        closing(client, served)
+        if n % 2:  # the other half has never had an answer
+            talk(client, served)
+    assert len(world.flows()) == 1001
+    started = time.monotonic()
+    world.set(policy("late", only(destinationPorts=[PORT])))
+    print(f"1000 flows had ended after {(time.monotonic() - started) * 1000:.1f} ms")
+    for pair in pairs:
+        for end in pair:
+            end.setblocking(False)
+            with pytest.raises(ConnectionError):
+                end.recv(1)
+    talk(*kept)
+    assert len(world.flows()) == 1
+    closed(*kept)
 
 
 def test_an_identity_that_ends(world: World, application: socket.socket) -> None:

@@ -118,7 +118,7 @@ class Host:
             channel.SHUTDOWN: self._shutdown,
             channel.AUTHZ: self._authz,
         }
-        self._fds = {channel.POD_ADD: (3, 7), channel.APPLY: (1,)}
+        self._fds = {channel.POD_ADD: (3, 8), channel.APPLY: (1,)}
 
     def close(self) -> None:
         """Ends the engine: every connection is reset, every listener closed."""

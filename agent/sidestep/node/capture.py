@@ -216,7 +216,7 @@ class Captures:
         """File descriptors of `listeners` and `engine_sk`, closed at the end; `native`: and of what the engine needs to
         vouch for flows.
         """
-        listeners, engine_sk, vouch = _ffi.new("int *"), _ffi.new("int *"), _ffi.new("int[4]")
+        listeners, engine_sk, vouch = _ffi.new("int *"), _ffi.new("int *"), _ffi.new("int[]", _lib.VOUCH_FDS)
         await self._call(lambda: _check(lambda error: _lib.capture_maps(self._pins(uid), listeners, engine_sk, error)))
         fds = [int(listeners[0]), int(engine_sk[0])]
         try:
