@@ -396,7 +396,7 @@ static __always_inline void accepted(struct bpf_sock *sk, struct packet *p, stru
                         now->fate = FATE_VOUCHED;
                         now->slot = syn->slot;
                         now->generation = syn->generation;
-                        now->next = p->seq;
+                        now->next = p->seq + p->syn; /* Fast Open: the SYN-ACK is the accepted socket's */
                         now->since = syn->when;
                         bpf_map_delete_elem(&pending, &t);
                 }
@@ -528,6 +528,15 @@ static __always_inline int vouched_leaves(struct __sk_buff *skb, struct bpf_sock
         return pass(COUNT_VOUCHED);
 }
 
+/* No memory for an accepted socket's fate: it is captured, and whoever calls next comes by way of the engine. */
+static __always_inline int turn_unknown(struct __sk_buff *skb, struct capture_fated *now)
+{
+        struct vouch_slot *s = now->fate == FATE_VOUCHED ? slot_of(now->slot, now->generation) : NULL;
+        if (s)
+                s->full = bpf_ktime_get_ns();
+        return turn(skb);
+}
+
 /* An application's TCP socket sends: what becomes of the packet. */
 static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, struct packet *p, __u32 m)
 {
@@ -566,7 +575,7 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                         accepted(sk, p, &now);
                         fated = bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
                         if (!fated)
-                                return turn(skb);
+                                return turn_unknown(skb, &now);
                 } else if (m != MODE_STRICT && (!fated || fated->fate == FATE_NOTED)) {
                         /* Seen for the first time in the middle: the engine's other end, or a connection from before.
                          */
@@ -591,6 +600,36 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
         return turn(skb);
 }
 
+/* Is it a plain segment in the middle of a connection, headers where the kernel puts them? What it says of it. */
+static __always_inline bool in_the_middle(struct __sk_buff *skb, struct packet *p)
+{
+        void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+        struct ethhdr *eth = data;
+        struct tcphdr *tcp;
+        if ((void *)(eth + 1) > end || skb->vlan_present)
+                return false;
+        if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+                struct iphdr *ip = (void *)(eth + 1);
+                if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
+                    ip->frag_off & bpf_htons(0x3fff))
+                        return false;
+                tcp = (void *)(ip + 1);
+        } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
+                struct ipv6hdr *ip = (void *)(eth + 1);
+                if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
+                        return false;
+                tcp = (void *)(ip + 1);
+        } else {
+                return false;
+        }
+        if ((void *)(tcp + 1) > end || tcp->syn || tcp->fin || tcp->rst)
+                return false;
+        __u32 headers = (__u32)((void *)tcp - data) + tcp->doff * 4;
+        p->seq = bpf_ntohl(tcp->seq);
+        p->payload = skb->len > headers ? skb->len - headers : 0;
+        return true;
+}
+
 SEC("tc")
 int out_eth(struct __sk_buff *skb)
 {
@@ -601,6 +640,10 @@ int out_eth(struct __sk_buff *skb)
         struct bpf_sock *full = NULL, *sk = skb->sk;
         if (sk) {
                 full = bpf_sk_fullsock(sk);
+                /* Most packets of vouched flows need no more than this. */
+                struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
+                if (fated && fated->fate == FATE_VOUCHED && in_the_middle(skb, &p))
+                        return vouched_leaves(skb, full, &p, fated);
                 if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0))
                         return pass(COUNT_ENGINE);
         }
@@ -826,7 +869,7 @@ int steer(struct bpf_sk_lookup *ctx)
                 return SK_PASS;
         }
         probe = bpf_map_lookup_elem(&pending, &t);
-        if (probe && probe->open && bpf_ktime_get_ns() - probe->when < KUBELET_NOTE_NS &&
+        if (probe && probe->open && bpf_ktime_get_ns() - probe->when < VOUCH_PENDING_NS &&
             slot_of(probe->slot, probe->generation)) {
                 if (probe->open == 1) {
                         probe->open = 2;

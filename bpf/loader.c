@@ -730,8 +730,9 @@ static int run_survey(const char *pins, const char *program, struct survey *s);
 int capture_sweep(const char *pins, int netns, char *error)
 {
         struct survey s = {0};
-        uint64_t before_ns = now_ns() - KUBELET_NOTE_NS; /* by then steer has handed it over, or will not */
+        uint64_t before_ns = now_ns() - KUBELET_NOTE_NS; /* by then it is a socket, unless the listener sends cookies */
         int back, result = old_entries(pins, "pending", before_ns, false, NULL);
+        bool crowded = result > VOUCH_MAX_PENDING / 4; /* by connections that were reset at once: they make room */
         libbpf_set_print(silent);
         if (result == -ENOENT || result == 0)
                 return 0;
@@ -744,7 +745,7 @@ int capture_sweep(const char *pins, int netns, char *error)
                         qsort(s.seen, s.n, sizeof(*s.seen), by_ends);
         }
         if (result >= 0)
-                result = old_entries(pins, "pending", before_ns, true, &s);
+                result = old_entries(pins, "pending", crowded ? before_ns : now_ns() - VOUCH_PENDING_NS, true, &s);
         free(s.seen);
         return result < 0 ? fail(error, result, "sweep the pending SYNs in %s", pins) : 0;
 }

@@ -21,13 +21,14 @@
                        */
 #define VOUCH_MAX_NOTES 4096
 #define VOUCH_MAX_SLOTS 8192
-#define VOUCH_MAX_VERDICTS 1024         /* of a pod */
-#define VOUCH_MAX_PENDING 2048          /* of a pod */
-#define VOUCH_ENDED_BYTES (512 * 1024)  /* of records of flows that ended: 9 000 */
-#define VOUCH_CUT_NS 1000000000ULL      /* how long the engine has to destroy the sockets of flows that it ends */
-#define VOUCH_FULL_NS 5000000000ULL     /* how long the engine has the pair after that */
-#define VOUCH_STALE_NS 5000000000ULL    /* a note's, until it is swept; worthless long before */
-#define KUBELET_REPLY_NS 30000000000ULL /* until when the application's socket must have sent its first packet */
+#define VOUCH_MAX_VERDICTS 1024          /* of a pod */
+#define VOUCH_MAX_PENDING 2048           /* of a pod */
+#define VOUCH_ENDED_BYTES (512 * 1024)   /* of records of flows that ended: 9 000 */
+#define VOUCH_CUT_NS 1000000000ULL       /* how long the engine has to destroy the sockets of flows that it ends */
+#define VOUCH_FULL_NS 5000000000ULL      /* how long the engine has the pair after that */
+#define VOUCH_STALE_NS 5000000000ULL     /* a note's, until it is swept; worthless long before */
+#define VOUCH_PENDING_NS 120000000000ULL /* that of a SYN that became no socket: longer than any handshake */
+#define KUBELET_REPLY_NS 30000000000ULL  /* until when the application's socket must have sent its first packet */
 
 /* cdef begin */
 enum capture_slot { SLOT_OUTBOUND = 0, SLOT_INBOUND = 1, SLOT_HBONE = 2, SLOT_COUNT = 3 };
@@ -115,11 +116,17 @@ enum vouch_kind { VOUCH_FREE = 0, VOUCH_PAIR = 1, VOUCH_OUTSIDE = 2 };
 
 /* An allowance's state: value of the node's `slots`. The engine writes the generation, the programs count. */
 struct vouch_slot {
+        /* read with each packet, written seldom */
         __u32 generation; /* flows and notes of another one are worth nothing; 0: never given */
         __u32 taken;      /* enum vouch_kind; an engine, this or an earlier one, has it: it is nobody else's */
-        __u64 opened, sent, received; /* connections; bytes of the end that opened, of the other */
-        __u64 full; /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
-        __u64 cut;  /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
+        __u64 full;       /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
+        __u64 cut;        /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
+        __u8 line0[40];
+        /* written by either end, on its own processor as likely as not: a cache line each */
+        __u64 opened, sent; /* connections; bytes of the end that opened */
+        __u8 line1[48];
+        __u64 received; /* bytes of the other */
+        __u8 line2[56];
 };
 
 /* Value of a pod's `verdicts`, which only the engine writes; key: struct capture_tuple with local_port 0. */

@@ -21,13 +21,11 @@ from sidestep.lab.link import Tap
 from sidestep.wire import batch, channel
 from sidestep.wire.pb import workload_pb2 as pb
 from tests.harness.engine import Client, EngineProcess
-from tests.harness.netns import Pair, run
+from tests.harness.netns import Pair, connect, listen, run
 from tests.harness.pki import Authority, Leaf, spiffe
 from tests.harness.stand_in import Capture
 
 _SERIAL = itertools.count()
-# The same tests run with connections between two pods of a node accelerated, or not.
-SAME_NODE = os.environ.get("SIDESTEP_TEST_SAME_NODE", "direct")
 CLUSTER_CIDRS = ["10.0.0.0/8", "fd00::/8"]
 
 
@@ -72,7 +70,7 @@ class Nodes:
         pods: list[str] | dict[str, int],
         *,
         workers: int = 1,
-        same_node: str = SAME_NODE,
+        same_node: str = "direct",
         engines: tuple[bool, bool] = (True, True),
         accounts: dict[str, str] | None = None,
         cidrs: list[str] | None = None,
@@ -216,6 +214,24 @@ class Nodes:
             pod.ports = client.call(channel.POD_ADD, body, [netns.fileno(), *fds])["ports"]
         for fd in fds:
             os.close(fd)
+
+    def allow(self, client: Pod, server: Pod, *ports: int) -> None:
+        """Where the setting is native: from now on connections from one pod to these ports of another of its node are.
+        The first of each goes through the engine, the second is the control.
+        """
+        if self.same_node != "native":
+            return
+        assert server.capture is not None
+        for family, port in itertools.product((4, 6), ports):
+            handed = server.capture.counters()["to_application_vouched"]
+            with listen(server.path, server.address(family), port) as listener:
+                for _ in range(2):
+                    with connect(client.path, server.address(family), port) as made:
+                        made.sendall(b"x")
+                        accepted, _ = listener.accept()
+                        with accepted:  # what the engine has carried it decided about before
+                            assert accepted.recv(1) == b"x"
+            assert server.capture.counters()["to_application_vouched"] > handed
 
     # -- the snapshot ------------------------------------------------------------------------------------------------
     def record(self, pod: Pod, **changes: object) -> pb.Address:

@@ -28,7 +28,6 @@ from sidestep.node.pods import Pod, spiffe, workload_name
 from sidestep.node.reconcile import Capture
 from sidestep.node.resident import Names, Resident
 from sidestep.node.statefile import FileAuthority, FileFeed
-from tests.harness.cluster import SAME_NODE
 from tests.harness.kubelet import Kubelet
 from tests.harness.netns import run as tool
 from tests.harness.pods import Bridge, Client, Cluster, Sandbox, TestAuthority, echo, eventually, ip
@@ -41,7 +40,7 @@ PORT = 8080
 class Node:
     """One node: bridge, engine process, agent in this process, an API in memory."""
 
-    def __init__(self, folder: Path, bridge: Bridge) -> None:
+    def __init__(self, folder: Path, bridge: Bridge, same_node: str = "direct") -> None:
         self.folder = folder
         self.bridge = bridge
         self.cluster = Cluster(NODE)
@@ -50,7 +49,7 @@ class Node:
         self.state_file = folder / "state.yaml"
         self.bpf_dir = Path(f"/sys/fs/bpf/t-agent-{os.getpid()}")
         self.drain_quiet_ms = 0
-        self.same_node = SAME_NODE
+        self.same_node = same_node
         self.pods: dict[str, tuple[Sandbox, Pod]] = {}
         self.kubelet_cgroup: Path | None = None
         self.engine: subprocess.Popen[bytes] | None = None
@@ -229,18 +228,25 @@ class Node:
 
     async def through_engine(self, client: Client) -> bool:
         """The engine carries this connection."""
-        ends = [json.dumps(each) for each in await self.agent.engine.dump("connections")]
+        return any(each["protocol"] != "native" for each in await self._known(client))
+
+    async def in_the_mesh(self, client: Client) -> bool:
+        """The engine carries this connection, or has allowed it."""
+        return bool(await self._known(client))
+
+    async def _known(self, client: Client) -> list[dict[str, Any]]:
+        """What the engine says of this connection."""
         address, port = client.local[0], client.local[1]
-        return any(
-            '"native"' not in each and (f"{address}:{port}" in each or f"[{address}]:{port}" in each) for each in ends
-        )
+        ends = (f'"{address}:{port}"', f'"[{address}]:{port}"')
+        found = await self.agent.engine.dump("connections")
+        return [each for each in found if any(end in json.dumps(each) for end in ends)]
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
+def node(tmp_path: Path, same_node: str) -> Iterator[Node]:
     subprocess.run("mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf", shell=True, check=True)
     with Bridge("agent") as bridge:
-        node = Node(tmp_path, bridge)
+        node = Node(tmp_path, bridge, same_node)
         try:
             yield node
         finally:

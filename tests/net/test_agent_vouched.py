@@ -52,9 +52,14 @@ async def allow(node: Node, web: Sandbox, api: Sandbox, pod: Pod, address: str) 
 
 
 @pytest.fixture
+def same_node() -> str:
+    """Nothing here is without it."""
+    return "native"
+
+
+@pytest.fixture
 def shop(node: Node) -> Node:
     """Pods web and api of a mesh with acceleration."""
-    node.same_node = "native"
     node.cluster.label("shop", "ambient")
     node.pods = {name: node.pod(name) for name in ("web", "api")}
     return node

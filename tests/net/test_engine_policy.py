@@ -28,7 +28,7 @@ import pytest
 
 from sidestep.wire import batch, channel
 from tests.harness import hbone_peer
-from tests.harness.cluster import SAME_NODE, Nodes, Pod
+from tests.harness.cluster import Nodes, Pod
 from tests.harness.engine import Client
 from tests.harness.netns import connect, inside, listen, run
 from tests.harness.pki import Authority, Leaf
@@ -103,6 +103,10 @@ class Mesh:
         """The namespace that calls on this way."""
         return f"/run/netns/{self.nodes.router}" if way == "plain" else self["client"].path
 
+    def native(self, way: str) -> bool:
+        """Whether no engine carries connections on this way."""
+        return way == "local" and self.nodes.same_node == "native"
+
     def source(self, way: str, family: int) -> str:
         """The address that calls on this way."""
         pod = self.target(way)
@@ -110,18 +114,19 @@ class Mesh:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def nodes(tmp_path_factory: pytest.TempPathFactory, same_node: str) -> Iterator[Nodes]:
     places = {"client": 0, "near": 0, "server": 1, "other": 1}
-    with Nodes(tmp_path_factory.mktemp("policy"), places, workers=2) as made:
+    with Nodes(tmp_path_factory.mktemp("policy"), places, workers=2, same_node=same_node) as made:
         made.publish()
         yield made
 
 
 @pytest.fixture
 def mesh(nodes: Nodes) -> Iterator[Mesh]:
-    """No policies at the beginning and at the end."""
+    """No policies at the beginning and at the end; connections between client and near are native, if any are."""
     made = Mesh(nodes)
     made.clear()
+    nodes.allow(nodes["client"], nodes["near"], PORT, PORT + 1)
     yield made
     made.clear()
 
@@ -163,11 +168,11 @@ def refused(path: str, address: str, port: int = PORT) -> bool:
         return True
 
 
-def is_reset(*ends: socket.socket) -> None:
+def is_reset(*ends: socket.socket, native: bool = False) -> None:
     """Each of them ends with a reset, not with an orderly end (20 s is only a hang guard). The socket of a native flow
     may be ended where it is, and then its owner hears ECONNABORTED.
     """
-    errors = (ConnectionResetError, ConnectionAbortedError) if SAME_NODE == "native" else ConnectionResetError
+    errors = (ConnectionResetError, ConnectionAbortedError) if native else ConnectionResetError
     for end in ends:
         with pytest.raises(errors):
             while end.recv(65536):
@@ -286,7 +291,7 @@ def test_a_new_deny_cuts_what_is_open(mesh: Mesh, way: str, family: int) -> None
         left = [each["dst"].rsplit(":", 1)[1] for each in open_flows(engine, mesh[at])]
         assert str(PORT) not in left
         assert str(PORT + 1) in left
-        is_reset(*cut)
+        is_reset(*cut, native=mesh.native(way))
         talk(*kept)
         assert counter(engine, "default/late", pod) == before + 1
         line = logged(mesh, pod, 'policy="default/late"')[-1]
@@ -328,7 +333,7 @@ def test_apply_is_answered_when_the_last_of_many_is_cut(mesh: Mesh, way: str) ->
             assert len(left) == 1
             assert left[0].endswith(f":{PORT + 1}")
             talk(*kept)
-            is_reset(*clients)
+            is_reset(*clients, native=mesh.native(way))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -394,7 +399,7 @@ def test_what_else_cuts(mesh: Mesh, way: str, change: str) -> None:
             mesh.set(policy("all", EVERYBODY, scope="Global", namespace="istio-system"))
         else:
             assert mesh.apply(batch.Record(batch.Op.POLICY_SET, "default/odd", "1", b"\xff")) != []
-        is_reset(*ends)
+        is_reset(*ends, native=mesh.native(way))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -412,7 +417,7 @@ def test_what_does_not_cut(mesh: Mesh, way: str) -> None:
         mesh.set(policy("nobody", action="Allow"))
         talk(*ends)  # while there is no record only an explicit deny ends it
         mesh.set(policy("explicit", only(destinationPorts=[PORT])))
-        is_reset(*ends)
+        is_reset(*ends, native=mesh.native(way))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -433,7 +438,7 @@ def test_a_policy_that_has_not_come(mesh: Mesh, way: str) -> None:
                 accepted, _ = listener.accept()
                 with accepted:
                     assert accepted.recv(10) == b"early"
-        is_reset(*ends)
+        is_reset(*ends, native=mesh.native(way))
         assert mesh.engine(pod).dump("denials")[-1]["policy"] == "default/late"
 
 
@@ -507,7 +512,7 @@ def test_a_pod_with_another_identity_loses_its_connections(mesh: Mesh) -> None:
         try:
             mesh.nodes.certify(client, mesh.nodes.authority.leaf(client.identity))
             mesh.nodes.add(client)
-            is_reset(*ends)
+            is_reset(*ends, native=mesh.native("local"))
             mesh.set(policy("old", only(principals=[{"Suffix": f"/sa/{was}"}]), action="Allow"))
             mesh.nodes.publish()
             assert refused(client.path, mesh["near"].address())
@@ -557,7 +562,7 @@ def test_a_deny_toggled_a_hundred_times_under_load(mesh: Mesh) -> None:
         for way in WAYS:
             run("nsenter", f"--net={mesh.caller(way)}", "sysctl", "-qw", "net.ipv4.tcp_tw_reuse=1")
             words = ["nsenter", f"--net={mesh.caller(way)}", "--", sys.executable, "-c", HAMMER]
-            words += [mesh.target(way).address(), str(PORT), SAME_NODE if way == "local" else "engine"]
+            words += [mesh.target(way).address(), str(PORT), "native" if mesh.native(way) else "engine"]
             hammers.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         times: list[tuple[float, float, str]] = []  # acknowledged, next one sent, what must happen meanwhile
         acknowledged = time.monotonic()

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from sidestep._bpf import lib
+from sidestep._bpf import ffi, lib
 from sidestep.wire import batch, channel
 from tests.harness.cluster import Nodes, Pod
 from tests.harness.engine import CallError
@@ -37,6 +37,7 @@ from tests.tunnel import policy_model as model
 
 PORT = 8080
 SYN, NOTE = 36, 24  # sizes of struct capture_tuple, struct capture_probe
+SLOT = int(ffi.sizeof("struct vouch_slot"))
 
 
 class World:
@@ -174,7 +175,7 @@ class World:
         """As the engine takes an allowance back."""
         with self.map("slots") as slots:
             key = struct.pack("I", slot)
-            value = slots.lookup(key, 48)
+            value = slots.lookup(key, SLOT)
             (generation,) = struct.unpack_from("I", value)
             slots.update(key, struct.pack("I", generation + 1) + value[4:])
 
@@ -193,9 +194,11 @@ class World:
         return made
 
     def forge(self, origin: str, source_port: int, sequence: int) -> None:
-        """A SYN with the client's address, sent to the near pod by somebody else."""
+        """A SYN with the client's address, sent to the near pod by the node (`host`), by a process of the client's own
+        pod (`source`), or by another pod.
+        """
         host = origin == "host"
-        pod = self.near if host else self.third if origin == "third" else self.client
+        pod = self.near if host else self.client if origin == "source" else self.nodes[origin]
         device = self.nodes.interface(self.near) if host else "eth0"
         router, path = f"/run/netns/{self.nodes.router}", pod.path
         own = link(router, device) if host else link(path, "eth0")
@@ -204,7 +207,7 @@ class World:
 
         def send() -> None:
             with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as raw:
-                if origin == "third":
+                if pod is not self.client:
                     raw.setsockopt(263, 20, 1)  # SOL_PACKET, PACKET_QDISC_BYPASS: past its own programs
                 raw.sendto(frame, (device, 3))
 
@@ -672,28 +675,32 @@ def test_without_room_at_the_door_it_is_the_engines(world: World, application: s
     closed(*world.by_engine(application))
     (slot,) = world.slots_of()
     with world.map("slots") as slots:
-        value = slots.lookup(struct.pack("I", slot), 48)
-        slots.update(struct.pack("I", slot), value[:32] + struct.pack("Q", 1) + value[40:])  # as if long ago
+        value = slots.lookup(struct.pack("I", slot), SLOT)
+        full = int(ffi.offsetof("struct vouch_slot", "full"))
+        slots.update(struct.pack("I", slot), value[:full] + struct.pack("Q", 1) + value[full + 8 :])  # as if long ago
     closed(*world.native(application))
 
 
 def test_what_said_nothing_and_is_gone_is_swept(world: World, application: socket.socket) -> None:
-    """A reset before the first packet leaves its SYN at the door; what is open there stays, with its fate."""
+    """A reset before the first packet leaves its SYN at the door. Many of them make room; what is open there stays,
+    with its fate.
+    """
     world.allow(application)
     silent = world.connect(), application.accept()[0]
-    for _ in range(5):
+    for _ in range(700):
         client = world.connect()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_LINGER)
-        closed(application.accept()[0], client)
-    assert len(world.notes("pending", world.near)) >= 1
+        served, _ = application.accept()
+        closed(client, served)
+    assert len(world.notes("pending", world.near)) > 512
     capture = world.near.capture
     assert capture is not None
 
     def swept() -> bool:
         capture.sweep()
-        return world.notes("pending", world.near) == {}
+        return len(world.notes("pending", world.near)) <= 512
 
-    eventually("all are gone", swept)
+    eventually("there is room", swept)
     assert len(world.flows()) == 1
     talk(*silent)
     closed(*silent)
@@ -940,7 +947,9 @@ def test_the_silent_are_cut_too(world: World, application: socket.socket) -> Non
 def test_a_deny_ends_a_thousand_before_it_is_answered(
     world: World, application: socket.socket, closing: Callable[..., None]
 ) -> None:
-    """Both ends of each have ended when the change is acknowledged; flows of another port go on."""
+    """Each has ended when the change is acknowledged; flows of another port go on. An accepted socket that has said
+    nothing is not seen by the engine: its client's reset is on its way to it, and what it sends goes nowhere.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
     world.allow(application)
@@ -960,9 +969,10 @@ def test_a_deny_ends_a_thousand_before_it_is_answered(
     started = time.monotonic()
     world.set(policy("late", only(destinationPorts=[PORT])))
     print(f"1000 flows had ended after {(time.monotonic() - started) * 1000:.1f} ms")
-    for pair in pairs:
-        for end in pair:
-            end.setblocking(False)
+    for n, (client, served) in enumerate(pairs):
+        client.setblocking(False)
+        served.setblocking(n % 2 == 0)
+        for end in (client, served):
             with pytest.raises(ConnectionError):
                 end.recv(1)
     talk(*kept)
