@@ -37,6 +37,10 @@
  * that is dropped and comes again. Bytes are counted at the end that sends them, by sequence number, so that what is
  * sent twice counts once. The end that closes second, or resets, says what became of the flow (`ended`).
  *
+ * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note
+ * there, so none is left; and nobody counts what they send, so the pod's end counts what it has received when it
+ * acknowledges.
+ *
  * SYN cookies: an application's listener that is over its backlog keeps no request, so the engine's third packet meets
  * no connection, and steer is asked again. The tag must be there again: `out_lo` tags the engine's packets until one of
  * them meets a connection.
@@ -399,10 +403,22 @@ static __always_inline void accepted(struct bpf_sock *sk, struct packet *p, stru
         }
 }
 
-/* May this SYN go natively? Leaves the note that the destination takes. */
+/* Leaves the note of this SYN that the destination takes. */
+static __always_inline bool leave_note(struct capture_tuple *t, __u16 port, struct capture_probe *what)
+{
+        struct capture_tuple note = {.local_port = t->remote_port, .remote_port = port};
+        __builtin_memcpy(note.local, t->remote, 16);
+        __builtin_memcpy(note.remote, t->local, 16);
+        if (bpf_map_update_elem(&vouched, &note, what, BPF_ANY) == 0)
+                return true;
+        count(COUNT_VOUCH_FULL);
+        return false;
+}
+
+/* May this SYN go natively? */
 static __always_inline bool vouch(struct packet *p, struct capture_fated *fated, struct capture_fated *now)
 {
-        struct capture_tuple t, note = {};
+        struct capture_tuple t;
         __u32 outbound = SLOT_OUTBOUND;
         /* Begun with the engine, ended with it; data in a SYN is nothing that anybody here looks at, and one with
          * options in_eth would not know again. */
@@ -424,14 +440,10 @@ static __always_inline bool vouch(struct packet *p, struct capture_fated *fated,
         if (!engine)
                 return false; /* nobody would withdraw it */
         bpf_sk_release(engine);
-        __builtin_memcpy(note.local, t.remote, 16);
-        __builtin_memcpy(note.remote, t.local, 16);
-        note.local_port = t.remote_port;
-        note.remote_port = port;
-        if (bpf_map_update_elem(&vouched, &note, &what, BPF_ANY)) {
-                count(COUNT_VOUCH_FULL);
+        if (s->taken == VOUCH_OUTSIDE)
+                count(COUNT_OUTSIDE);
+        else if (!leave_note(&t, port, &what))
                 return false;
-        }
         now->fate = FATE_VOUCHED;
         now->slot = what.slot;
         now->generation = what.generation;
@@ -439,6 +451,20 @@ static __always_inline bool vouch(struct packet *p, struct capture_fated *fated,
         now->opened = 1;
         now->since = what.when;
         return true;
+}
+
+/* What came from outside, as far as the pod's end has acknowledged it. A FIN counts as one byte there: before it is
+ * known whether one came, one byte less is counted. */
+static __always_inline void outside_received(struct bpf_sock *sk, struct capture_fated *fated, struct vouch_slot *s)
+{
+        struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);
+        __u64 got = tcp ? tcp->bytes_received : 0;
+        if (got && *(volatile __u32 *)&sk->state != TCP_ESTABLISHED)
+                got--;
+        if (got <= fated->received)
+                return;
+        __sync_fetch_and_add(&s->received, got - fated->received);
+        fated->received = got;
 }
 
 /* Says that a vouched flow ends, once: with the FIN of the end that closes second, or with a reset. Who received a FIN
@@ -495,7 +521,9 @@ static __always_inline int vouched_leaves(struct __sk_buff *skb, struct bpf_sock
                 fated->bytes += more;
                 __sync_fetch_and_add(fated->opened ? &s->sent : &s->received, more);
         }
-        if (p->fin || p->rst)
+        if (s->taken == VOUCH_OUTSIDE)
+                outside_received(sk, fated, s);
+        else if (p->fin || p->rst)
                 tell_end(sk, p, fated);
         return pass(COUNT_VOUCHED);
 }

@@ -1034,6 +1034,7 @@ static const char *const counter_names[] = {
         [COUNT_IN_VOUCHED] = "to_application_vouched",
         [COUNT_VOUCH_UNTOLD] = "vouched_untold",
         [COUNT_IN_LATE] = "vouched_late",
+        [COUNT_OUTSIDE] = "outside_vouched",
 };
 
 const char *capture_counter_name(int counter)

@@ -70,6 +70,7 @@ enum capture_counter {
         COUNT_IN_VOUCHED,     /* SYNs of vouched flows handed to the application */
         COUNT_VOUCH_UNTOLD,   /* vouched flows that ended without room to say so: no line of their own in the log */
         COUNT_IN_LATE,        /* of those, dropped: an old note, one withdrawn, or no room; the client repeats them */
+        COUNT_OUTSIDE,        /* SYNs to destinations outside the mesh that passed natively */
         COUNT_MAX
 };
 
@@ -90,7 +91,8 @@ enum capture_fate {
         FATE_CAPTURED = 2, /* turned around from its SYN on: never native again */
         FATE_NATIVE = 3,   /* opened natively (before the enrolment, or while draining) */
         FATE_PROBE = 4,    /* accepted from the kubelet: native in every mode */
-        FATE_VOUCHED = 5, /* between two pods of this node, allowed by the engine: native as long as its slot says so */
+        FATE_VOUCHED = 5, /* between two pods of this node, or to a destination outside the mesh, allowed by the engine:
+                             native as long as its slot says so */
 };
 
 /* Value of `fates`. isn: of the SYN that opened it natively, so that its retransmission is told from a new connect of
@@ -99,12 +101,16 @@ struct capture_fated {
         __u32 fate;
         __u32 isn;
         __u32 slot, generation;
-        __u32 next;   /* sequence number behind the last byte that was counted */
-        __u16 opened; /* it is the end that opened it */
-        __u16 told;   /* that it has ended */
-        __u64 bytes;  /* sent by this end */
-        __u64 since;  /* CLOCK_MONOTONIC in ns */
+        __u32 next;     /* sequence number behind the last byte that was counted */
+        __u16 opened;   /* it is the end that opened it */
+        __u16 told;     /* that it has ended */
+        __u64 bytes;    /* sent by this end */
+        __u64 since;    /* CLOCK_MONOTONIC in ns */
+        __u64 received; /* by this end, where the other one is outside the mesh */
 };
+
+/* What a slot is for. */
+enum vouch_kind { VOUCH_FREE = 0, VOUCH_PAIR = 1, VOUCH_OUTSIDE = 2 };
 
 #define VOUCH_FDS 5 /* what an engine gets of a pod to vouch: loader.h, capture_vouch */
 
@@ -112,7 +118,7 @@ struct capture_fated {
 struct vouch_slot {
         /* read with each packet, written seldom */
         __u32 generation; /* flows and notes of another one are worth nothing; 0: never given */
-        __u32 taken;      /* an engine, this or an earlier one, has it: not to be given to another pair */
+        __u32 taken;      /* enum vouch_kind; an engine, this or an earlier one, has it: it is nobody else's */
         __u64 full;       /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
         __u64 cut;        /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
         __u8 line0[40];
@@ -134,7 +140,7 @@ struct vouch_flow {
         __u8 local[16], remote[16];
         __u16 local_port, remote_port; /* host order */
         __u32 slot, generation, opened;
-        __u64 bytes, since, cookie;
+        __u64 bytes, received, since, cookie; /* received: as in struct capture_fated */
 };
 
 /* A vouched flow that ends; record of the node's `ended`. sent: by the end that opened it. */

@@ -349,6 +349,22 @@ static int connect_application(struct flow *f, struct pod *in, const struct endp
 
 static void decide(struct flow *f);
 
+/* The next connections of this pod to a destination outside the mesh need no engine. What would want to have a say (a
+ * waypoint on the destination or its service, an unknown address of the cluster) is no plain route. */
+static void vouch_for_outside(struct flow *f, const struct workload *own, const struct route *r)
+{
+        const struct identity *mine = worker_identity(f->w, f->pod->identity);
+        if (!mine || !vouch_leaves_mesh(r, &f->dst) || !pod_has(f->pod, &f->src.addr))
+                return;
+        struct vouch_outside what = {.source = f->pod,
+                                     .src = f->src.addr,
+                                     .dst = f->dst,
+                                     .src_workload = own,
+                                     .route = r,
+                                     .until_s = mine->not_after_s};
+        vouch_allow_outside(f->w->engine->vouch, f->w, &what);
+}
+
 static void go_plain(struct flow *f, const struct workload *own, const struct route *r)
 {
         count_open(f, EVENT_SOURCE, own, r->dst, NULL, r->dst ? r->dst->identity : NULL, false);
@@ -364,6 +380,7 @@ static void go_plain(struct flow *f, const struct workload *own, const struct ro
         timer_set(f->w, &f->timer, TIMER_FLOW, TIMER_10S);
         if (loop_watch(f->w, &f->b.io) < 0)
                 flow_reset(f, FLAG_CONNECT, "epoll");
+        vouch_for_outside(f, own, r);
 }
 
 /* -- may it ------------------------------------------------------------------------------------------------------- */

@@ -86,11 +86,26 @@ fail:
         return result;
 }
 
+static void wake_reader(void *arg, unsigned reader)
+{
+        struct tunnel *t = arg;
+        loop_wake(&t->workers[reader]);
+}
+
+/* Waits until every worker decides by the newest state, and nothing native is against it. */
+static int in_force(struct tunnel *t)
+{
+        int result = mesh_sync(t->mesh, wake_reader, t);
+        vouch_review(t->vouch); /* after the workers: what they allowed by an older state is among it */
+        return result;
+}
+
 int tunnel_settings(struct tunnel *t, const struct tunnel_settings *s)
 {
         atomic_store(&t->same_node_mtls, s->same_node_mtls);
         vouch_enable(t->vouch, s->same_node_native && !s->same_node_mtls);
-        return mesh_settings(t->mesh, s);
+        int result = mesh_settings(t->mesh, s);
+        return result < 0 ? result : in_force(t);
 }
 
 /* -- identities --------------------------------------------------------------------------------------------------- */
@@ -440,12 +455,6 @@ int tunnel_pod_stats(struct tunnel *t, const char *uid, struct tunnel_pod_stats 
 
 /* -- state -------------------------------------------------------------------------------------------------------- */
 
-static void wake_reader(void *arg, unsigned reader)
-{
-        struct tunnel *t = arg;
-        loop_wake(&t->workers[reader]);
-}
-
 int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len)
 {
         const int needed = F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW;
@@ -462,11 +471,7 @@ int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len)
                 return -errno;
         int result = mesh_apply(t->mesh, batch, (size_t)st.st_size, report, report_len);
         munmap(batch, (size_t)st.st_size);
-        if (result < 0)
-                return result;
-        result = mesh_sync(t->mesh, wake_reader, t);
-        vouch_review(t->vouch); /* after the workers: what they allowed by an older state is among it */
-        return result;
+        return result < 0 ? result : in_force(t);
 }
 
 int tunnel_whole(struct tunnel *t)

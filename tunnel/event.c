@@ -109,6 +109,12 @@ static const struct {
                         "Pairs of pods of this node that were allowed to talk natively."},
         [EV_VOUCH_FULL] = {"sidestep_vouched_full_total", "counter",
                            "Pairs that stay with the engine because a table was full."},
+        [EV_OUTSIDE] = {"sidestep_vouched_outside_total", "counter",
+                        "Destinations outside the mesh that a pod was allowed to reach natively."},
+        [EV_OUTSIDE_FULL] =
+                {"sidestep_vouched_outside_full_total", "counter",
+                 "Connections after which a destination stays with the engine: the pod, or the node, has as "
+                 "many as it may."},
 };
 
 struct event_set {

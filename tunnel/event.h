@@ -75,6 +75,8 @@ enum event_counter {
         EV_SAME_NODE,
         EV_VOUCHED,
         EV_VOUCH_FULL,
+        EV_OUTSIDE,
+        EV_OUTSIDE_FULL,
         EV_COUNTERS
 };
 void event_count(struct event_worker *w, enum event_counter c, int64_t delta);

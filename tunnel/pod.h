@@ -41,6 +41,7 @@ struct pod {
         atomic_int mode;
         atomic_bool complete; /* once everything that decides about its connections was there */
         atomic_uint_least64_t connections, held, buffered, last_ms;
+        unsigned outside; /* allowances for destinations outside the mesh; vouch.c, under its lock */
         pthread_mutex_t lock;
         struct tuple **tuples;
 };

@@ -2,10 +2,10 @@
 /*
  * Theory of operation
  *
- * An allowance is for one pair: source address of a pod, address and port of another pod of this node. It has a slot of
- * the node's map `slots` (mapped into this process) and is in force by an entry of the source pod's map `verdicts` that
- * names slot and generation. Flows and notes in the kernel carry both; adding one to the slot's generation makes all of
- * them worthless at once.
+ * An allowance is for one pair: source address of a pod, address and port of another pod of this node, or of a
+ * destination outside the mesh (below). It has a slot of the node's map `slots` (mapped into this process) and is in
+ * force by an entry of the source pod's map `verdicts` that names slot and generation. Flows and notes in the kernel
+ * carry both; adding one to the slot's generation makes all of them worthless at once.
  *
  *   open    the entry is there: SYNs pass natively
  *   closed  the entry was taken out: new connections meet the engine again, open flows go on and are still judged
@@ -25,11 +25,18 @@
  * judges all of them by it, so one that was made by an older state is among them. What is not clearly so any more (a
  * record that changed, a policy on its way, a dry run that would deny) closes; what is denied is cut.
  *
+ * Outside the mesh is what a route leaves in clear text for the very address that was asked for, and nobody's policy is
+ * about: no record, a record that speaks no HBONE, a service whose connections pass through. It has no second end here
+ * and nothing to be denied by, so its allowance is only ever closed, when its route is another; open flows go on, as
+ * those that the engine carries do. There is no bound to the addresses outside: a pod may have OUTSIDE_POD of them, all
+ * of them OUTSIDE_NODE slots, and when they are too many those go that were not used for a while.
+ *
  * Counters: the programs count connections and bytes per slot, `fold` hands what has grown to the label sets. When a
  * flow ends nobody tells; but the sockets that are there can be seen (iterator `flows`), so those that were opened and
  * are not there have ended. A thread of its own looks once a second, a scrape when it comes. Opened connections are
  * read before the sockets, so one that comes between counts as neither. The log has a line for each flow whose end the
- * programs have told (`ended`), and one for all others of a pair that have ended meanwhile.
+ * programs have told (`ended`), and one for all others of a pair that have ended meanwhile, as for all of a destination
+ * outside the mesh: of those the pod's end does not know when it is the last one.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -63,23 +70,30 @@
 #define STRAY_MS (60 * 1000) /* by then an agent has given us every pod that there is */
 #define IDLE_MS (600 * 1000) /* an allowance that nobody uses */
 #define UNTIL_S 3600
+#define OUTSIDE_POD 512
+#define OUTSIDE_NODE (VOUCH_MAX_SLOTS / 2)
+#define CROWDED_MS (5 * 1000) /* IDLE_MS of destinations outside, while there are as many as there may be */
+
+_Static_assert(OUTSIDE_POD <= VOUCH_MAX_VERDICTS / 2, "the other half is for pods");
 
 struct allowance {
         struct allowance *next; /* same bucket */
         uint32_t slot, generation;
-        bool open, counted; /* counted: opened_before is of this look */
-        bool inherited;     /* an engine before this one counted its flows: those that are open are to be told */
+        bool open, counted, outside; /* counted: opened_before is of this look */
+        bool inherited; /* an engine before this one counted its flows: those that are open are to be told */
         struct addr src;
         struct endpoint dst;
         struct pod *source, *target; /* NULL: not here (any more) */
         /* Of what may be gone; uids of workloads. "": not known. */
         char *src_uid, *dst_uid, *src_identity, *dst_identity, *src_name, *src_namespace;
+        char *service; /* outside: what is said of it */
         uint64_t src_record, dst_record;
         uint64_t closed_ms, used_ms, until_s;
         struct event_set *set[2];
         uint64_t opened_before, told_opened, told_closed, told_sent, told_received;
-        uint64_t logged;  /* of told_closed and what is about to be: those that have a line of their own */
-        uint32_t live[2]; /* ends: that opened, the other */
+        uint64_t logged; /* of told_closed and what is about to be: those that have a line of their own */
+        uint64_t logged_sent, logged_received; /* outside: what the lines so far have told */
+        uint32_t live[2];                      /* ends: that opened, the other */
 };
 
 /* What a pod gave us. */
@@ -122,6 +136,7 @@ struct vouch {
         struct member *members;
         struct allowance *buckets[BUCKETS];
         struct allowance *by_slot[VOUCH_MAX_SLOTS];
+        unsigned outside;
         uint32_t hand; /* where the search for a free slot goes on */
         uint64_t since_ms;
         bool strays; /* slots of an engine before this one may be in nobody's hands */
@@ -360,6 +375,14 @@ static void shut(struct vouch *v, struct allowance *a)
         a->closed_ms = clock_ms();
 }
 
+static void unbind_source(struct allowance *a)
+{
+        if (a->outside && a->source)
+                a->source->outside--;
+        pod_unref(a->source);
+        a->source = NULL;
+}
+
 /* slot: it may be given to another pair. */
 static void allowance_free(struct vouch *v, struct allowance *a, bool slot)
 {
@@ -370,14 +393,16 @@ static void allowance_free(struct vouch *v, struct allowance *a, bool slot)
                 }
         v->by_slot[a->slot] = NULL;
         if (slot)
-                v->slots[a->slot].taken = 0;
+                v->slots[a->slot].taken = VOUCH_FREE;
+        unbind_source(a);
+        if (a->outside)
+                v->outside--;
         for (int i = 0; i < 2; i++)
                 if (a->set[i]) {
                         /* what leaves the mesh with a flow open is not seen any more: for the counters it has ended */
                         event_add(a->set[i], 0, a->told_opened - a->told_closed, 0, 0, clock_ms());
                         event_drop(a->set[i]);
                 }
-        pod_unref(a->source);
         pod_unref(a->target);
         free(a->src_uid);
         free(a->dst_uid);
@@ -385,11 +410,12 @@ static void allowance_free(struct vouch *v, struct allowance *a, bool slot)
         free(a->dst_identity);
         free(a->src_name);
         free(a->src_namespace);
+        free(a->service);
         free(a);
         atomic_fetch_sub(&v->count, 1);
 }
 
-/* Of a slot that is nobody's. Texts may be NULL. */
+/* Of a slot that is no other allowance's; what it is for is said there. */
 static struct allowance *allowance_new(struct vouch *v, uint32_t slot, const struct addr *src,
                                        const struct endpoint *dst)
 {
@@ -406,11 +432,16 @@ static struct allowance *allowance_new(struct vouch *v, uint32_t slot, const str
         a->dst_identity = strdup("");
         a->src_name = strdup("");
         a->src_namespace = strdup("");
-        if (!a->src_uid || !a->dst_uid || !a->src_identity || !a->dst_identity || !a->src_name || !a->src_namespace)
+        a->service = strdup("");
+        if (!a->src_uid || !a->dst_uid || !a->src_identity || !a->dst_identity || !a->src_name || !a->src_namespace ||
+            !a->service)
                 abort(); /* one byte each */
         a->next = *at;
         *at = a;
         v->by_slot[slot] = a;
+        a->outside = v->slots[slot].taken == VOUCH_OUTSIDE;
+        if (a->outside)
+                v->outside++;
         atomic_fetch_add(&v->count, 1);
         return a;
 }
@@ -427,6 +458,8 @@ static void text_set(char **at, const char *text)
 static void bind_source(struct allowance *a, struct pod *p)
 {
         a->source = pod_ref(p);
+        if (a->outside)
+                p->outside++;
         text_set(&a->src_uid, p->workload);
         text_set(&a->src_identity, p->identity);
         text_set(&a->src_name, p->name);
@@ -456,12 +489,12 @@ static void strays_free(struct vouch *v, const struct sights *s)
                 if (seen[i])
                         v->strays = true;
                 else
-                        v->slots[i].taken = 0;
+                        v->slots[i].taken = VOUCH_FREE;
         }
         free(seen);
 }
 
-static bool slot_take(struct vouch *v, uint32_t *slot)
+static bool slot_take(struct vouch *v, enum vouch_kind kind, uint32_t *slot)
 {
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
                 uint32_t s = (v->hand + i) % VOUCH_MAX_SLOTS;
@@ -470,7 +503,7 @@ static bool slot_take(struct vouch *v, uint32_t *slot)
                 v->hand = s + 1;
                 *slot = s;
                 generation_next(v, s);
-                v->slots[s].taken = 1;
+                v->slots[s].taken = kind;
                 return true;
         }
         return false;
@@ -481,34 +514,39 @@ static void told_all(struct vouch *v, struct allowance *a)
 {
         const struct vouch_slot *s = &v->slots[a->slot];
         a->told_opened = a->told_closed = a->logged = __atomic_load_n(&s->opened, __ATOMIC_RELAXED);
-        a->told_sent = __atomic_load_n(&s->sent, __ATOMIC_RELAXED);
-        a->told_received = __atomic_load_n(&s->received, __ATOMIC_RELAXED);
+        a->told_sent = a->logged_sent = __atomic_load_n(&s->sent, __ATOMIC_RELAXED);
+        a->told_received = a->logged_received = __atomic_load_n(&s->received, __ATOMIC_RELAXED);
+}
+
+/* Until when an allowance may be in force, CLOCK_MONOTONIC in ns; certificates last until until_s. */
+static uint64_t until_ns(int64_t until_s, uint64_t now_ms)
+{
+        int64_t left_s = until_s - (int64_t)time(NULL);
+        left_s = left_s < 0 ? 0 : left_s > UNTIL_S ? UNTIL_S : left_s;
+        return (now_ms + (uint64_t)left_s * 1000) * 1000000;
 }
 
 void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pair)
 {
         uint32_t slot;
-        int64_t left_s = pair->until_s - (int64_t)time(NULL);
-        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole) || left_s <= 0)
+        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole) || pair->until_s <= (int64_t)time(NULL))
                 return;
-        if (left_s > UNTIL_S)
-                left_s = UNTIL_S;
         pthread_mutex_lock(&v->lock);
         struct member *m = member_of(v, pair->source);
         if (!m || !member_of(v, pair->target) || atomic_load(&pair->source->mode) != TUNNEL_SERVING ||
             atomic_load(&pair->target->mode) != TUNNEL_SERVING || !atomic_load(&v->on))
                 goto out;
-        uint64_t now = clock_ms(), until_ns = (now + (uint64_t)left_s * 1000) * 1000000;
+        uint64_t now = clock_ms(), until = until_ns(pair->until_s, now);
         struct allowance *a = find(v, &pair->src, &pair->dst);
         if (a && a->open && a->source == pair->source && a->target == pair->target &&
             a->src_record == pair->src_workload->record && a->dst_record == pair->dst_workload->record) {
                 a->used_ms = now;
-                verdict_write(m->verdicts, a, until_ns); /* of another worker, or one whose time was over */
+                verdict_write(m->verdicts, a, until); /* of another worker, or one whose time was over */
                 goto out;
         }
         if (a)
                 shut(v, a);
-        if (!slot_take(v, &slot) || !(a = allowance_new(v, slot, &pair->src, &pair->dst))) {
+        if (!slot_take(v, VOUCH_PAIR, &slot) || !(a = allowance_new(v, slot, &pair->src, &pair->dst))) {
                 event_count(w->ev, EV_VOUCH_FULL, 1);
                 goto out;
         }
@@ -518,7 +556,7 @@ void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pai
         bind_source(a, pair->source);
         bind_target(a, pair->target);
         told_all(v, a);
-        if (!verdict_write(m->verdicts, a, until_ns)) {
+        if (!verdict_write(m->verdicts, a, until)) {
                 event_count(w->ev, EV_VOUCH_FULL, 1);
                 allowance_free(v, a, true);
                 goto out;
@@ -537,13 +575,144 @@ out:
         pthread_mutex_unlock(&v->lock);
 }
 
+/* -- outside the mesh -----------------------------------------------------------------------------------------------
+ */
+
+bool vouch_leaves_mesh(const struct route *r, const struct endpoint *dst)
+{
+        /* A service that passes through has no workload; any other chose one, of which only the engine knows. */
+        return r->kind == ROUTE_PLAIN && (!*r->service_host || !r->dst) && r->next_hop.port == dst->port &&
+               addr_equal(&r->next_hop.addr, &dst->addr);
+}
+
+static uint64_t record_of(const struct route *r)
+{
+        return r->dst ? r->dst->record : 0;
+}
+
+#define SERVICE_TEXT 1024
+static const char *service_of(const struct route *r, char *out)
+{
+        snprintf(out, SERVICE_TEXT, "%s %s %s", r->service_namespace, r->service_name, r->service_host);
+        return out;
+}
+
+/* The label set that such a connection has when the engine carries it. */
+static struct event_set *hold_outside(struct event_worker *ev, const struct workload *src, const struct route *r,
+                                      uint64_t now)
+{
+        struct event_labels labels = {.reporter = EVENT_SOURCE,
+                                      .src = src,
+                                      .dst = r->dst,
+                                      .dst_principal = r->dst ? r->dst->identity : NULL,
+                                      .service_host = r->service_host,
+                                      .service_name = r->service_name,
+                                      .service_namespace = r->service_namespace};
+        return event_hold(ev, &labels, now);
+}
+
+/* Of a pod that has as many as it may, or a node that has. */
+static bool crowded(const struct vouch *v, const struct pod *p)
+{
+        return v->outside >= OUTSIDE_NODE || (p && p->outside >= OUTSIDE_POD);
+}
+
+void vouch_allow_outside(struct vouch *v, struct worker *w, const struct vouch_outside *what)
+{
+        uint32_t slot;
+        char service[SERVICE_TEXT];
+        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole))
+                return;
+        pthread_mutex_lock(&v->lock);
+        struct member *m = member_of(v, what->source);
+        if (!m || atomic_load(&what->source->mode) != TUNNEL_SERVING || !atomic_load(&v->on))
+                goto out;
+        uint64_t now = clock_ms(), until = until_ns(what->until_s, now);
+        struct allowance *a = find(v, &what->src, &what->dst);
+        if (a && a->open && a->outside && a->source == what->source && a->src_record == what->src_workload->record &&
+            a->dst_record == record_of(what->route)) {
+                a->used_ms = now;
+                verdict_write(m->verdicts, a, until);
+                goto out;
+        }
+        if (a)
+                shut(v, a);
+        if (crowded(v, what->source) || !slot_take(v, VOUCH_OUTSIDE, &slot)) {
+                event_count(w->ev, EV_OUTSIDE_FULL, 1);
+                goto out;
+        }
+        if (!(a = allowance_new(v, slot, &what->src, &what->dst))) {
+                v->slots[slot].taken = VOUCH_FREE;
+                goto out;
+        }
+        a->generation = generation_of(v, slot);
+        a->src_record = what->src_workload->record;
+        a->dst_record = record_of(what->route);
+        bind_source(a, what->source);
+        text_set(&a->service, service_of(what->route, service));
+        told_all(v, a);
+        if (!verdict_write(m->verdicts, a, until)) {
+                event_count(w->ev, EV_OUTSIDE_FULL, 1);
+                allowance_free(v, a, true);
+                goto out;
+        }
+        a->open = true;
+        a->set[0] = hold_outside(w->ev, what->src_workload, what->route, w->now_ms);
+        event_count(w->ev, EV_OUTSIDE, 1);
+out:
+        pthread_mutex_unlock(&v->lock);
+}
+
+/* Does it still leave the mesh, as it did? */
+static bool still_outside(const struct mesh_view *view, const struct allowance *a)
+{
+        const struct workload *own = view_workload(view, a->src_uid);
+        char service[SERVICE_TEXT];
+        struct route r;
+        if (!own || own->record != a->src_record)
+                return false;
+        view_route(view, own, &a->dst, 0, &r);
+        return vouch_leaves_mesh(&r, &a->dst) && record_of(&r) == a->dst_record &&
+               strcmp(service_of(&r, service), a->service) == 0;
+}
+
+/* The label set of what was taken over, once there are records. */
+static void hold_set_outside(struct vouch *v, const struct mesh_view *view, struct allowance *a)
+{
+        static const struct route unknown = {.service_host = "", .service_name = "", .service_namespace = ""};
+        const struct workload *src = view_workload(view, a->src_uid);
+        struct route r;
+        if (a->set[0] || !src || !atomic_load(&v->engine->whole))
+                return;
+        view_route(view, src, &a->dst, 0, &r);
+        a->set[0] = hold_outside(event_worker(v->engine->event, v->engine->nworkers), src,
+                                 vouch_leaves_mesh(&r, &a->dst) ? &r : &unknown, clock_ms());
+}
+
+/* A line for the flows that ended since the last one, with the bytes that went since then; as the engine writes it for
+ * what it lets pass. Totals are given. */
+static void tell_ended_outside(struct vouch *v, struct allowance *a, uint64_t closed, uint64_t open, uint64_t sent,
+                               uint64_t received)
+{
+        char src[ENDPOINT_STRLEN], dst[ENDPOINT_STRLEN];
+        event_log(v->engine->event, NULL, "info",
+                  "connections complete=%llu open=%llu src.addr=%s src.workload=\"%s\" src.namespace=\"%s\" "
+                  "dst.addr=%s direction=native bytes_sent=%llu bytes_recv=%llu",
+                  (unsigned long long)(closed - a->logged), (unsigned long long)open, addr_format(&a->src, src),
+                  a->src_name, a->src_namespace, endpoint_format(&a->dst, dst),
+                  (unsigned long long)(sent - a->logged_sent), (unsigned long long)(received - a->logged_received));
+        a->logged = closed;
+        a->logged_sent = sent;
+        a->logged_received = received;
+}
+
 bool vouch_is_late(struct vouch *v, const struct addr *src, const struct endpoint *dst)
 {
         if (!atomic_load(&v->count))
                 return false;
         pthread_mutex_lock(&v->lock);
         struct allowance *a = find(v, src, dst);
-        bool late = a && a->source && atomic_load(&a->source->mode) == TUNNEL_SERVING &&
+        bool late = a && !a->outside && a->source && atomic_load(&a->source->mode) == TUNNEL_SERVING &&
                     (a->open || clock_ms() - a->closed_ms < LATE_MS);
         pthread_mutex_unlock(&v->lock);
         return late;
@@ -662,15 +831,17 @@ static void fold(struct vouch *v, struct allowance *a, bool drained)
         uint64_t closed = opened > live ? opened - live : 0;
         uint64_t sent = __atomic_load_n(&s->sent, __ATOMIC_RELAXED),
                  received = __atomic_load_n(&s->received, __ATOMIC_RELAXED);
-        if (!a->set[0] || !a->counted)
+        if (!a->set[0] || !a->counted || (a->outside && !a->source)) /* then its sockets were not looked at */
                 return;
         closed = closed > a->told_closed ? closed : a->told_closed;
         uint64_t ended = closed - a->told_closed;
         if (opened != a->told_opened || ended || sent != a->told_sent || received != a->told_received)
                 a->used_ms = now;
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2 && a->set[i]; i++)
                 event_add(a->set[i], opened - a->told_opened, ended, sent - a->told_sent, received - a->told_received,
                           now);
+        if (ended && a->outside)
+                tell_ended_outside(v, a, closed, live, sent, received);
         if (drained && closed > a->logged) {
                 char src[ENDPOINT_STRLEN], dst[ENDPOINT_STRLEN];
                 event_log(v->engine->event, NULL, "info",
@@ -721,7 +892,8 @@ static void tick(struct vouch *v)
                 }
                 fold(v, a, drained);
                 uint64_t now = clock_ms(); /* not before what was noted of it */
-                if (a->open && !a->live[0] && !a->live[1] && now - a->used_ms > IDLE_MS)
+                uint64_t idle_ms = a->outside && crowded(v, a->source) ? CROWDED_MS : IDLE_MS;
+                if (a->open && !a->live[0] && !a->live[1] && now - a->used_ms > idle_ms)
                         shut(v, a);
                 if (!a->open && !a->live[0] && !a->live[1] && now - a->closed_ms > NOTE_MS) {
                         generation_next(v, i);
@@ -758,6 +930,7 @@ void vouch_each(struct vouch *v, void (*each)(void *arg, const struct vouch_seen
                                          .src = {.addr = a->src, .port = f->opened ? f->local_port : f->remote_port},
                                          .dst = a->dst,
                                          .sent = f->bytes,
+                                         .received = f->received,
                                          .age_ms = now - f->since / 1000000};
                 for (size_t k = 0; k < s.n && f->opened; k++) {
                         const struct vouch_flow *o = &s.at[k].flow;
@@ -816,6 +989,8 @@ static enum judgement judge(const struct vouch *v, const struct mesh_view *view,
         memset(verdict, 0, sizeof(*verdict));
         verdict->policy = "";
         verdict->reason = RBAC_NOT_ALLOWED;
+        if (a->outside)
+                return still_outside(view, a) ? STAYS : SHUTS;
         bool whole = atomic_load(&v->engine->whole);
         if (whole && at && strcmp(at->uid, a->dst_uid) != 0)
                 return CUTS; /* the address is another's by now */
@@ -873,7 +1048,7 @@ static void resolve(struct vouch *v, const struct mesh_view *view, struct allowa
                 text_set(&a->src_name, w->name);
                 text_set(&a->src_namespace, w->namespace_);
         }
-        if (!*a->dst_uid && (w = view_workload_at(view, &a->dst.addr))) {
+        if (!a->outside && !*a->dst_uid && (w = view_workload_at(view, &a->dst.addr))) {
                 text_set(&a->dst_uid, w->uid);
                 text_set(&a->dst_identity, w->identity);
         }
@@ -883,6 +1058,10 @@ static void resolve(struct vouch *v, const struct mesh_view *view, struct allowa
 static void hold_sets(struct vouch *v, const struct mesh_view *view, struct allowance *a)
 {
         const struct workload *src = view_workload(view, a->src_uid), *dst = view_workload(view, a->dst_uid);
+        if (a->outside) {
+                hold_set_outside(v, view, a);
+                return;
+        }
         if (a->set[0] || !src || !dst)
                 return;
         for (int i = 0; i < 2; i++) {
@@ -1126,13 +1305,14 @@ static void take_over(struct vouch *v, struct pod *p, const struct sights *s)
                         continue;
                 if (!a->source && pod_has(p, &a->src) && (!*a->src_uid || strcmp(a->src_uid, p->workload) == 0))
                         bind_source(a, p);
-                if (!a->target && pod_has(p, &a->dst.addr) && (!*a->dst_uid || strcmp(a->dst_uid, p->workload) == 0))
+                if (!a->outside && !a->target && pod_has(p, &a->dst.addr) &&
+                    (!*a->dst_uid || strcmp(a->dst_uid, p->workload) == 0))
                         bind_target(a, p);
         }
         for (struct member *m = v->members; m; m = m->next)
                 for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
                         struct allowance *a = v->by_slot[i];
-                        if (a && !a->target && pod_has(m->pod, &a->dst.addr) &&
+                        if (a && !a->outside && !a->target && pod_has(m->pod, &a->dst.addr) &&
                             (!*a->dst_uid || strcmp(a->dst_uid, m->pod->workload) == 0))
                                 bind_target(a, m->pod);
                 }
@@ -1199,10 +1379,8 @@ void vouch_pod_gone(struct vouch *v, struct pod *p)
         pthread_mutex_lock(&v->lock);
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS && atomic_load(&v->count); i++) {
                 struct allowance *a = v->by_slot[i];
-                if (a && a->source == p) {
-                        pod_unref(p);
-                        a->source = NULL;
-                }
+                if (a && a->source == p)
+                        unbind_source(a);
                 if (a && a->target == p) {
                         pod_unref(p);
                         a->target = NULL;

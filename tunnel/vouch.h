@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Vouched flows: pairs of this node's pods that the engine has allowed, and that the programs in the pods then let pass
- * natively (bpf/capture.bpf.c). Whatever may take an allowance back is told here.
+ * Vouched flows: pairs of this node's pods, and of its pods with destinations outside the mesh, that the engine has
+ * allowed, and that the programs in the pods then let pass natively (bpf/capture.bpf.c). Whatever may take an allowance
+ * back is told here.
  */
 #ifndef SIDESTEP_VOUCH_H
 #define SIDESTEP_VOUCH_H
@@ -54,6 +55,18 @@ struct vouch_pair {
 };
 void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pair);
 /* Is what came to the inbound listener a vouched flow whose note was lost? */
+/* A connection to a destination outside the mesh was let go there just now. */
+struct vouch_outside {
+        struct pod *source;
+        struct addr src;
+        struct endpoint dst;
+        const struct workload *src_workload;
+        const struct route *route;
+        int64_t until_s;
+};
+/* Whether a route leaves the mesh, for the very destination that was asked for; then the kernel can go it alone. */
+bool vouch_leaves_mesh(const struct route *r, const struct endpoint *dst);
+void vouch_allow_outside(struct vouch *v, struct worker *w, const struct vouch_outside *what);
 bool vouch_is_late(struct vouch *v, const struct addr *src, const struct endpoint *dst);
 
 #endif

@@ -73,6 +73,7 @@ class Nodes:
         same_node: str = "direct",
         engines: tuple[bool, bool] = (True, True),
         accounts: dict[str, str] | None = None,
+        cidrs: list[str] | None = None,
     ) -> None:
         self.folder = folder
         self.authority = Authority()
@@ -80,6 +81,7 @@ class Nodes:
         self.router = f"t-rt-{os.getpid()}-{serial}"
         self.accounts = accounts or {}
         self.same_node = same_node
+        self.cidrs = CLUSTER_CIDRS if cidrs is None else cidrs
         self._workers = workers
         self._with = engines
         self._stack = ExitStack()
@@ -174,7 +176,7 @@ class Nodes:
                 "cluster_id": "Kubernetes",
                 "trust_domain": "cluster.local",
                 "node": f"node{node}",
-                "cluster_cidrs": CLUSTER_CIDRS,
+                "cluster_cidrs": self.cidrs,
                 "same_node": self.same_node,
                 "unknown": "hold",
             },

@@ -187,7 +187,7 @@ def test_what_is_no_packet_ends_the_connection(engine: EngineProcess, packet: by
     ("kind", "body", "error"),
     [
         (99, {}, "not known"),
-        (channel.POD_ADD, {"uid": "u"}, "takes 3 or 7 file descriptors"),
+        (channel.POD_ADD, {"uid": "u"}, "takes 3 or 8 file descriptors"),
         (channel.POD_MODE, {"uid": "u", "mode": "flying"}, "serving or draining"),
         (channel.POD_MODE, {"uid": "\0", "mode": "serving"}, "uid must be text"),
         (channel.POD_MODE, {"uid": "\ud800", "mode": "serving"}, "not"),
