@@ -67,14 +67,27 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What the engine holds. `identities`: URI -> (not_after, serial); `versions`: (kind, name) -> version."""
+    """What the engine holds. `identities`: URI -> (not_after, serial); `counts`: records, by kind."""
 
     generation: str
     pid: int
     info: Mapping[str, Any]
     pods: Mapping[str, EnginePod]
     identities: Mapping[str, tuple[float, str]]
-    versions: Mapping[tuple[str, str], str]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """APPLY of a response: what it says of itself, the rejected records (name, reason), how many of each kind there are
+    now.
+    """
+
+    type_url: str
+    nonce: str
+    resources: int
+    rejected: list[tuple[str, str]]
+    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +151,7 @@ class Engine:
                     pid=self.hello.pid,
                     generation=self.hello.generation,
                     pods=len(self.hello.pods),
-                    records=len(self.hello.versions),
+                    records=sum(self.hello.counts.values()),
                 )
                 await self._connected(self.hello)
                 self.up = True
@@ -158,10 +171,8 @@ class Engine:
 
     async def _hello(self) -> Hello:
         body, fds = await self._call(channel.HELLO, {"min": channel.VERSION, "max": channel.VERSION})
-        versions = {}
-        for line in _read_memfds(fds).decode().splitlines():
-            kind, name, version = line.split(" ", 2)
-            versions[kind, name] = version
+        held = b"\n" + _read_memfds(fds)
+        counts = {kind: held.count(f"\n{kind} ".encode()) for kind in ("address", "policy")}
         engine = body.get("engine") or {}
         pods = {}
         for pod in body.get("pods") or ():
@@ -171,7 +182,7 @@ class Engine:
         identities = {
             each["id"]: (float(each["not_after"]), str(each.get("serial", ""))) for each in body.get("identities") or ()
         }
-        return Hello(str(engine.get("generation", "")), int(engine.get("pid", 0)), engine, pods, identities, versions)
+        return Hello(str(engine.get("generation", "")), int(engine.get("pid", 0)), engine, pods, identities, counts)
 
     async def _read(self, connection: socket.socket) -> None:
         """Hands replies to those who wait, until the engine closes."""
@@ -301,6 +312,23 @@ class Engine:
             os.close(memfd)
         _close(received)
         return [(str(each["name"]), str(each["reason"])) for each in answer.get("rejected") or ()]
+
+    async def apply_delta(self, memfd: int, size: int) -> Applied:
+        """APPLY of a delta-xDS response, in a sealed memfd that stays the caller's; in force when this returns."""
+        answer, received = await self._call(channel.APPLY, {"size": size, "delta": True}, (memfd,), APPLY_S)
+        _close(received)
+        return Applied(
+            str(answer["type_url"]),
+            str(answer["nonce"]),
+            int(answer["resources"]),
+            [(str(each["name"]), str(each["reason"])) for each in answer.get("rejected") or ()],
+            {"address": int(answer["workloads"]) + int(answer["services"]), "policy": int(answer["policies"])},
+        )
+
+    async def versions(self) -> bytes:
+        """DUMP of versions: a line "kind name version" for each record that is held."""
+        _, fds = await self._call(channel.DUMP, {"what": "versions"})
+        return _read_memfds(fds)
 
     async def metrics(self) -> str:
         """METRICS: Prometheus text."""
