@@ -52,6 +52,10 @@ class StartError(Exception):
     """The agent cannot start; says what is wrong and what to do."""
 
 
+class StateError(Exception):
+    """The --state-file cannot be used; says which and why."""
+
+
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `agent` to the command."""
     parser = subparsers.add_parser("agent", help="the node agent: enrols pods, feeds the engine")
@@ -138,9 +142,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"sidestep agent: {err}", file=sys.stderr)
         return 1
     ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else its threads write lines of their own into the log
     from sidestep.kube.client import ConfigError
     from sidestep.node.capture import CaptureError
-    from sidestep.node.statefile import StateError
     from sidestep.node.wiring import serve
 
     try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.identities import Certificate
 from sidestep.wire import channel
 from sidestep.wire.batch import Batch
