@@ -21,13 +21,13 @@ from typing import Any, Protocol
 
 import grpc
 
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.agent import CertificateError
 from sidestep.node.ca import credentials
 from sidestep.node.engine import Engine, EngineError, Hello
 from sidestep.node.metrics import Metrics
+from sidestep.wire import proto
 from sidestep.wire.batch import NAME_MAX, sealed
-from sidestep.wire.pb import discovery_pb2
 
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 ADDRESS = "type.googleapis.com/istio.workload.Address"
@@ -37,6 +37,10 @@ RETRY_FIRST_S = 0.01
 RETRY_LAST_S = 15.0
 LARGE = 1 << 20  # bytes of a response: what it took would stay with the process
 NACK_CHARS = 4000
+RESOURCES, REMOVED = (
+    2,
+    6,
+)  # fields of DeltaDiscoveryResponse; of its request: node 1, type 2, versions 5, nonce 6, error 7
 REFUSED_MAX = 256  # of each type, that /status tells of
 # The engine's report of what it rejects has 24 KiB and ends where the next line does not fit: one that is longer than
 # this may have been cut.
@@ -72,8 +76,7 @@ class Stream:
     ) -> None:
         self._channel = channel
         self._address = address
-        self._node = discovery_pb2.Node(id=node_id)
-        self._node.metadata.update(dict(metadata))
+        self._node = proto.field(1, proto.field(1, node_id) + proto.field(3, proto.struct(metadata)))
         self._token_file = token_file
         self._cluster_id = cluster_id
         self._engine = engine
@@ -147,9 +150,7 @@ class Stream:
         """One stream, to its end. Returns the reason in the words of reference/ztunnel.md 3.1."""
         try:
             headers = await asyncio.to_thread(credentials, self._token_file, self._cluster_id)
-            call = (await self._channel(bool(self._error))).stream_stream(
-                METHOD, request_serializer=None, response_deserializer=None
-            )(None, metadata=headers)
+            call = (await self._channel(bool(self._error))).stream_stream(METHOD, None, None)(None, metadata=headers)
             try:
                 versions = await self._engine.versions()
                 for url in KINDS:
@@ -186,10 +187,12 @@ class Stream:
         """The first request of a stream: a wildcard subscription, and what the engine holds already. Fields that are
         put behind a message are part of it, so there is no object for any of a hundred thousand.
         """
-        head = discovery_pb2.DeltaDiscoveryRequest(node=self._node, type_url=url).SerializeToString()
+        head = self._node + proto.field(2, url)
         kind = f"{KINDS[url]} ".encode()
         held = (line.split(b" ", 2) for line in versions.splitlines() if line.startswith(kind))
-        return head + b"".join(initial_version(name, version) for _, name, version in held)
+        return head + b"".join(
+            proto.field(5, proto.field(1, name) + proto.field(2, version)) for _, name, version in held
+        )
 
     async def _take(self, response: bytes) -> bytes:
         """Gives a response to the engine. Returns the ACK or NACK."""
@@ -203,13 +206,13 @@ class Stream:
                 rejected = self._refuse(url, os.pread(memfd, size, 0), dict(applied.rejected))
         finally:
             os.close(memfd)
-        answer = discovery_pb2.DeltaDiscoveryRequest(node=self._node, type_url=url, response_nonce=applied.nonce)
+        answer = self._node + proto.field(2, url) + proto.field(6, applied.nonce)
         if not self._connected:
             self._connected, self._error = True, ""
             log.event("xds_connected", control=self._address)
         if url not in KINDS:
             log.event("xds_unknown_type", type=url)
-            return answer.SerializeToString()
+            return answer
         self._metrics.add("istio_xds_message_total", url=url)
         self._metrics.add("istio_xds_message_bytes_total", size, url=url)
         self._counts = applied.counts
@@ -221,20 +224,23 @@ class Stream:
         if rejected:
             cut = sum(len(name.encode()) + len(reason) + 3 for name, reason in applied.rejected) > REPORT_FULL
             more = "; and others, their names did not fit" if cut else ""
-            answer.error_detail.message = _listed(rejected) + more
-            log.event("xds_rejected", level="WARN", type=KINDS[url], records=answer.error_detail.message)
-        return answer.SerializeToString()
+            message = _listed(rejected) + more
+            answer += proto.field(7, proto.field(2, message))
+            log.event("xds_rejected", level="WARN", type=KINDS[url], records=message)
+        return answer
 
     def _refuse(self, url: str, response: bytes, told: Mapping[str, str]) -> dict[str, str]:
         """Notes what is refused now, after a response of which the engine told that, or that may heal what was refused
         before. Returns name -> reason of what is refused of it, with the names as the server writes them.
         """
         refused, rejected = self._refused[url], {}
-        message = discovery_pb2.DeltaDiscoveryResponse.FromString(response)
-        for name in message.removed_resources:
-            refused.pop(name, None)
-        for resource in message.resources:
-            name = resource.name
+        names = []
+        for number, value in proto.fields(response):
+            if isinstance(value, bytes) and number == REMOVED:
+                refused.pop(value.decode(), None)
+            elif isinstance(value, bytes) and number == RESOURCES:
+                names.append("".join(proto.texts(value, 3)[-1:]))
+        for name in names:
             reason = told.get(_as_told(name))
             if reason is None:
                 refused.pop(name, None)
@@ -247,21 +253,6 @@ class Stream:
     def _rejected(self) -> str:
         """What is refused now, in one text."""
         return _listed({name: reason for refused in self._refused.values() for name, reason in refused.items()})
-
-
-def initial_version(name: bytes, version: bytes) -> bytes:
-    """One entry of DeltaDiscoveryRequest.initial_resource_versions (a map, field 5), serialized."""
-    entry = b"".join((b"\x0a", _varint(len(name)), name, b"\x12", _varint(len(version)), version))
-    return b"".join((b"\x2a", _varint(len(entry)), entry))
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
 
 
 def _as_told(name: str) -> str:
