@@ -1,10 +1,15 @@
 """Rules for every test: in CI a skipped test is a failed test; what concerns connections between two pods of a node
 runs with acceleration off and on.
+
+gRPC's own threads write lines of theirs to stderr, at any time. One that comes while pytest reads what a test wrote
+there (from the start of a file whose position all share) takes the place of that: gRPC is silent in tests.
 """
 
 import os
 
 import pytest
+
+os.environ["GRPC_VERBOSITY"] = "NONE"  # read when gRPC is imported
 
 
 @pytest.fixture(scope="session", params=["direct", "native"])

@@ -36,6 +36,7 @@ struct side {
         uint32_t window, drained;
         struct buf out;
         size_t counted; /* of out.cap in the budgets */
+        int left;       /* a dissolved socket that is still to be closed, or -1 */
 };
 
 struct flow {
@@ -77,7 +78,9 @@ void conn_review(struct worker *w);
 void conn_seat(struct worker *w, struct seat *seat);
 void conn_abort_all(struct worker *w);
 void conn_abort_seat(struct worker *w, struct seat *seat);
-void conn_free_dead(struct worker *w);
+/* Frees what has ended. Sockets whose RST has left are closed, some each turn, by a worker that has nothing else to do.
+ * Returns whether some are left. */
+bool conn_free_dead(struct worker *w, bool idle);
 
 void flow_event(struct side *s);
 void flow_run(struct flow *f);

@@ -455,23 +455,37 @@ int tunnel_pod_stats(struct tunnel *t, const char *uid, struct tunnel_pod_stats 
 
 /* -- state -------------------------------------------------------------------------------------------------------- */
 
-int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len)
+/* A batch, or (told) a response. */
+static int apply(struct tunnel *t, int memfd, struct tunnel_delta *told, char *report, size_t report_len)
 {
         const int needed = F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW;
         struct stat st;
-        int seals = fcntl(memfd, F_GET_SEALS);
+        int seals = fcntl(memfd, F_GET_SEALS), result;
         if (report_len)
                 report[0] = 0;
         if (seals < 0 || (seals & needed) != needed || fstat(memfd, &st) < 0)
                 return -EPERM;
         if (st.st_size <= 0 || st.st_size > BATCH_MAX)
                 return -EBADMSG;
-        void *batch = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, memfd, 0);
+        void *batch = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE | MAP_POPULATE, memfd, 0);
         if (batch == MAP_FAILED)
                 return -errno;
-        int result = mesh_apply(t->mesh, batch, (size_t)st.st_size, report, report_len);
+        if (told)
+                result = mesh_apply_delta(t->mesh, batch, (size_t)st.st_size, told, report, report_len);
+        else
+                result = mesh_apply(t->mesh, batch, (size_t)st.st_size, report, report_len);
         munmap(batch, (size_t)st.st_size);
         return result < 0 ? result : in_force(t);
+}
+
+int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len)
+{
+        return apply(t, memfd, NULL, report, report_len);
+}
+
+int tunnel_apply_delta(struct tunnel *t, int memfd, struct tunnel_delta *told, char *report, size_t report_len)
+{
+        return apply(t, memfd, told, report, report_len);
 }
 
 int tunnel_whole(struct tunnel *t)

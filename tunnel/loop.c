@@ -207,12 +207,14 @@ static void *loop_run(void *arg)
                         mesh_in_force(w->engine->mesh, w->index);
                 }
                 run_timers(w);
-                conn_free_dead(w);
+                if (conn_free_dead(w, n == 0 && link_alone(&w->ready) && link_alone(&w->stale)))
+                        w->woken = true; /* for the rest of them the next turn does not wait */
                 tun_free_dead(w);
                 free_dead_listeners(w);
         }
         conn_abort_all(w);
-        conn_free_dead(w);
+        while (conn_free_dead(w, true))
+                ;
         tun_free_dead(w);
         free_dead_listeners(w);
         mesh_leave(w->engine->mesh, w->index);
@@ -284,6 +286,7 @@ int loop_start(struct worker *w, struct tunnel *engine, unsigned index)
         link_init(&w->dirty);
         link_init(&w->unread);
         link_init(&w->dead_flows);
+        link_init(&w->left_flows);
         link_init(&w->dead_tuns);
         link_init(&w->dead_listeners);
         pthread_mutex_init(&w->mail_lock, NULL);

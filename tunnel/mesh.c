@@ -17,6 +17,7 @@
  * KiB.
  */
 #include "mesh.h"
+#include "delta.h"
 #include "state.h"
 #include "tunnel.h"
 #include <errno.h>
@@ -403,6 +404,7 @@ enum op { OP_ADDRESS_SET = 1, OP_ADDRESS_DEL, OP_POLICY_SET, OP_POLICY_DEL };
 struct batch_record {
         enum op op;
         struct bytes name, version, body;
+        struct bytes told; /* the name as it came, for the report */
 };
 
 static uint32_t le32(const uint8_t *p)
@@ -425,7 +427,7 @@ static int batch_next(struct bytes *b, struct batch_record *r)
                 if (b->p[i])
                         return -EBADMSG;
         r->op = op;
-        r->name = (struct bytes){b->p + RECORD_HEADER, name};
+        r->name = r->told = (struct bytes){b->p + RECORD_HEADER, name};
         r->version = (struct bytes){r->name.p + name, version};
         r->body = (struct bytes){r->version.p + version, body};
         b->p += padded;
@@ -457,6 +459,8 @@ struct report {
  * could be two lines. */
 static void reject(struct report *r, struct bytes name, const char *reason)
 {
+        if (name.len > NAME_MAX_LEN)
+                name.len = NAME_MAX_LEN;
         size_t len = name.len + 2 + strlen(reason) + 1;
         if (len >= r->left) {
                 r->left = r->left ? 1 : 0; /* no later, shorter one either */
@@ -489,7 +493,7 @@ static void apply_address(struct mesh *m, struct mesh_view *v, const struct batc
         if (r->op == OP_ADDRESS_SET) {
                 const char *bad = record_address(m->decoder, &m->names, r->name, r->version, r->body, &w, &s);
                 if (bad) {
-                        reject(report, r->name, bad);
+                        reject(report, r->told, bad);
                         return;
                 }
         }
@@ -537,7 +541,7 @@ static void apply_policy(struct mesh *m, struct mesh_view *v, const struct batch
         if (r->op == OP_POLICY_SET) {
                 const char *bad = record_policy(&m->names, r->name, r->version, r->body, &p);
                 if (bad) {
-                        reject(report, r->name, bad);
+                        reject(report, r->told, bad);
                         if (was && (!was->undecodable || strcmp(was->undecodable, bad) == 0))
                                 return;
                         p = record_stand_in(&m->names, safe, v->settings->root_namespace, bad);
@@ -600,6 +604,76 @@ int mesh_apply(struct mesh *m, const uint8_t *batch, size_t len, char *report, s
         }
         if (flags & BATCH_FULL)
                 sweep(m, v);
+        publish(m, v);
+        m->trim |= len >= TRIM_BYTES;
+        return 0;
+}
+
+/* The name under which a policy is held: its own. One that is empty or too long for a record must not be passed over:
+ * it comes under one that begins alike, so that it is in force, or stood in for, in its namespace. */
+static struct bytes policy_name(const struct mesh *m, struct bytes name, char space[NAME_MAX_LEN + 1])
+{
+        size_t n = NAME_MAX_LEN - 32;
+        if (name.len && name.len <= NAME_MAX_LEN)
+                return name;
+        if (n > name.len)
+                n = name.len;
+        while (n && (name.p[n] & 0xc0) == 0x80) /* whole characters */
+                n--;
+        if (n)
+                memcpy(space, name.p, n);
+        n += (size_t)sprintf(space + n, "~%016llx", (unsigned long long)hash_bytes(name.p, name.len, m->names.seed));
+        return (struct bytes){(const uint8_t *)space, n};
+}
+
+static void apply_delta(struct mesh *m, struct mesh_view *v, const struct delta *d, bool policies, struct report *out)
+{
+        char space[NAME_MAX_LEN + 1];
+        struct delta_resource x;
+        struct batch_record r = {.op = policies ? OP_POLICY_DEL : OP_ADDRESS_DEL};
+        struct bytes at = d->message;
+        while (d->removed && delta_removed(&at, &r.told)) {
+                r.name = policies ? policy_name(m, r.told, space) : r.told;
+                if (policies)
+                        apply_policy(m, v, &r, out);
+                else if (r.name.len && r.name.len <= NAME_MAX_LEN) /* else it never was one */
+                        apply_address(m, v, &r, out);
+        }
+        r.op = policies ? OP_POLICY_SET : OP_ADDRESS_SET;
+        for (at = d->message; delta_resource(&at, &x);) {
+                r.told = x.name;
+                r.name = policies ? policy_name(m, x.name, space) : x.name;
+                r.body = x.body;
+                r.version = x.version.len > VERSION_MAX_LEN ? (struct bytes){0} : x.version;
+                if (policies)
+                        apply_policy(m, v, &r, out);
+                else if (!r.name.len || r.name.len > NAME_MAX_LEN)
+                        reject(out, r.told, "a name of no bytes, or of more than 2048");
+                else
+                        apply_address(m, v, &r, out);
+        }
+}
+
+int mesh_apply_delta(struct mesh *m, const uint8_t *message, size_t len, struct tunnel_delta *told, char *report,
+                     size_t report_len)
+{
+        struct report out = {report, report_len};
+        struct delta d;
+        if (report_len)
+                *report = 0;
+        if (delta_open(&d, (struct bytes){message, len}) || d.type_url.len >= sizeof(told->type_url) ||
+            d.nonce.len >= sizeof(told->nonce))
+                return -EBADMSG;
+        *told = (struct tunnel_delta){.resources = d.resources, .removed = d.removed};
+        if (d.type_url.len)
+                memcpy(told->type_url, d.type_url.p, d.type_url.len);
+        if (d.nonce.len)
+                memcpy(told->nonce, d.nonce.p, d.nonce.len);
+        bool policies = strcmp(told->type_url, MESH_AUTHORIZATION) == 0;
+        if (!policies && strcmp(told->type_url, MESH_ADDRESS) != 0)
+                return 0;
+        struct mesh_view *v = view_begin(m);
+        apply_delta(m, v, &d, policies, &out);
         publish(m, v);
         m->trim |= len >= TRIM_BYTES;
         return 0;

@@ -15,6 +15,7 @@
 struct mesh;
 struct mesh_view;
 struct tunnel_settings;
+struct tunnel_delta;
 
 enum mesh_protocol { MESH_PLAIN, MESH_HBONE };
 
@@ -64,6 +65,12 @@ int mesh_settings(struct mesh *m, const struct tunnel_settings *s);
 /* Writer. One batch, all or nothing in framing; single records that cannot be decoded are reported as "name: reason\n".
  */
 int mesh_apply(struct mesh *m, const uint8_t *batch, size_t len, char *report, size_t report_len);
+/* The same from a delta-xDS response as it came: what it takes away first, then what it brings. told: what the response
+ * says of itself. One of another type changes nothing. A policy whose name is empty or too long comes under another. */
+#define MESH_ADDRESS "type.googleapis.com/istio.workload.Address"
+#define MESH_AUTHORIZATION "type.googleapis.com/istio.security.Authorization"
+int mesh_apply_delta(struct mesh *m, const uint8_t *message, size_t len, struct tunnel_delta *told, char *report,
+                     size_t report_len);
 /* Writer: waits until the newest view is in force with every reader (wake is called for each with which it is not, to
  * get it out of epoll), frees older ones. -ETIMEDOUT after MESH_SYNC_MS: a reader is stuck; the state is published all
  * the same, and what it may hold is kept. */

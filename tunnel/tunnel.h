@@ -90,6 +90,15 @@ int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len);
 /* The first state is whole: what was applied so far is all that there is. */
 int tunnel_whole(struct tunnel *t);
 
+struct tunnel_delta {
+        char type_url[128], nonce[1024];
+        uint64_t resources, removed;
+};
+
+/* The same from a delta-xDS response, as it came. told: what it says of itself; one of another type than Address and
+ * Authorization changes nothing. */
+int tunnel_apply_delta(struct tunnel *t, int memfd, struct tunnel_delta *told, char *report, size_t report_len);
+
 /* What would be decided about a connection, by the function that decides, on the newest state: a JSON object
  * (docs/interfaces.md, AUTHZ). identity "" for none; source "IP" or "IP:PORT", destination "IP:PORT", IPv6 with a port
  * in brackets. -EINVAL: one of them is not that; -EMSGSIZE: the answer does not fit. */

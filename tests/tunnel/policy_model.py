@@ -20,7 +20,7 @@ from sidestep.wire.pb import workload_pb2
 
 authorization_pb2: Any = _authorization  # enums are set by number here
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("mesh", "route", "record", "policy", "proto", "table", "intern", "dump", "rbac")
+SOURCES = ("mesh", "route", "record", "policy", "proto", "table", "intern", "delta", "dump", "rbac")
 SCOPES = {"Global": 0, "Namespace": 1, "WorkloadSelector": 2}
 REASONS = ("open", "not denied", "allowed", "denied", "not allowed", "not received")
 

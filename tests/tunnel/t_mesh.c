@@ -582,6 +582,121 @@ static void test_sync_waits_for_the_last(void **unused)
         mesh_free(m);
 }
 
+/* ---- responses ---- */
+
+static void add_resource(struct buf *b, const char *name, const char *version, struct buf body)
+{
+        struct buf any = {0}, resource = {0};
+        put_text(&any, 1, "ignored");
+        put_message(&any, 2, body);
+        put_text(&resource, 1, version);
+        put_message(&resource, 2, any);
+        put_text(&resource, 3, name);
+        put_text(&resource, 4, "an alias");
+        put_message(b, 2, resource);
+}
+
+static int take(struct mesh *m, struct buf b, struct tunnel_delta *told, const char *expected)
+{
+        char report[4096];
+        int result = mesh_apply_delta(m, b.p, b.len, told, report, sizeof(report));
+        if (!result)
+                assert_string_equal(report, expected);
+        buf_free(&b);
+        return result;
+}
+
+/* As it came: what it takes away, what it brings, what it says of itself; fields in any order. */
+static void test_response(void **state)
+{
+        struct mesh *m = fresh();
+        struct tunnel_delta told;
+        struct mesh_counts n;
+        struct buf b = {0};
+        (void)state;
+        put_text(&b, 5, "nonce-1");
+        put_text(&b, 1, "of the system");
+        add_resource(&b, UID, "1", as_workload(plain_workload()));
+        add_resource(&b, SVC, "2", as_service(plain_service()));
+        put_text(&b, 4, MESH_ADDRESS);
+        assert_int_equal(take(m, b, &told, ""), 0);
+        assert_string_equal(told.type_url, MESH_ADDRESS);
+        assert_string_equal(told.nonce, "nonce-1");
+        assert_int_equal(told.resources, 2);
+        mesh_counts(m, &n);
+        assert_int_equal(n.workloads * 10 + n.services, 11);
+
+        /* Removed and brought in one: it is there. What never was there is no error. */
+        b = (struct buf){0};
+        add_resource(&b, UID, "3", as_workload(plain_workload()));
+        put_text(&b, 6, UID);
+        put_text(&b, 6, SVC);
+        put_text(&b, 6, "");
+        put_text(&b, 4, MESH_ADDRESS);
+        assert_int_equal(take(m, b, &told, ""), 0);
+        assert_int_equal(told.removed, 3);
+        mesh_counts(m, &n);
+        assert_int_equal(n.workloads * 10 + n.services, 10);
+        mesh_free(m);
+}
+
+static void test_response_refused(void **state)
+{
+        struct mesh *m = fresh();
+        struct tunnel_delta told;
+        struct mesh_counts n;
+        struct buf good = {0}, b = {0};
+        char long_name[3000];
+        (void)state;
+        /* One record is refused, the others are not; a name of no use among addresses is refused, and counts among
+         * policies. */
+        memset(long_name, 'x', sizeof(long_name) - 1);
+        memcpy(long_name, "shop/", 5);
+        long_name[sizeof(long_name) - 1] = 0;
+        add_resource(&b, "", "1", as_workload(plain_workload()));
+        add_resource(&b, UID, "1", as_workload(plain_workload()));
+        put_text(&b, 4, MESH_ADDRESS);
+        assert_int_equal(take(m, b, &told, ": a name of no bytes, or of more than 2048\n"), 0);
+        b = (struct buf){0};
+        struct buf malformed = {0};
+        buf_put(&malformed, "\xff", 1);
+        add_resource(&b, long_name, "1", malformed);
+        put_text(&b, 4, MESH_AUTHORIZATION);
+        char report[3000];
+        assert_int_equal(mesh_apply_delta(m, b.p, b.len, &told, report, sizeof(report)), 0);
+        assert_memory_equal(report, long_name, 2048);
+        assert_memory_equal(report + 2048, ": ", 2); /* the rest of the name is left out */
+        buf_free(&b);
+        mesh_counts(m, &n);
+        assert_int_equal(n.workloads * 10 + n.policies, 11); /* a stand-in: it denies */
+        b = (struct buf){0};
+        put_text(&b, 6, long_name);
+        put_text(&b, 4, MESH_AUTHORIZATION);
+        assert_int_equal(take(m, b, &told, ""), 0);
+        mesh_counts(m, &n);
+        assert_int_equal(n.policies, 0);
+
+        /* Another type changes nothing. One that is cut anywhere within a field changes nothing either. */
+        b = (struct buf){0};
+        put_text(&b, 6, UID);
+        put_text(&b, 4, "type.googleapis.com/another");
+        assert_int_equal(take(m, b, &told, ""), 0);
+        put_text(&good, 6, UID);
+        put_text(&good, 4, MESH_ADDRESS);
+        size_t whole = good.len;
+        for (good.len = 1; good.len < whole; good.len++) {
+                int result = mesh_apply_delta(m, good.p, good.len, &told, report, sizeof(report));
+                if (good.len != strlen(UID) + 2) /* the end of the first field: a response without a type */
+                        assert_int_equal(result, -EBADMSG);
+                mesh_counts(m, &n);
+                assert_int_equal(n.workloads, 1);
+        }
+        assert_int_equal(take(m, good, &told, ""), 0); /* the control */
+        mesh_counts(m, &n);
+        assert_int_equal(n.workloads, 0);
+        mesh_free(m);
+}
+
 int main(void)
 {
         const struct CMUnitTest tests[] = {
@@ -592,6 +707,8 @@ int main(void)
                 cmocka_unit_test(test_tolerated),
                 cmocka_unit_test(test_capacity_wrapper),
                 cmocka_unit_test(test_full_and_unchanged),
+                cmocka_unit_test(test_response),
+                cmocka_unit_test(test_response_refused),
                 cmocka_unit_test(test_policies_close),
                 cmocka_unit_test(test_policy_rejected),
                 cmocka_unit_test(test_dumps),

@@ -205,7 +205,7 @@ certificates:
 def test_a_state_file_that_is_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "state.yaml"
     path.write_text(text)
-    with pytest.raises(statefile.StateError):
+    with pytest.raises(command.StateError):
         statefile.load(path)
 
 

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "agent/sidestep"
 ALLOWED = {
     "wire": {"model"},
     "kube": set[str](),
-    "node": {"wire", "model", "kube"},
+    "node": {"wire", "model", "kube", "log"},
     "engine": {"wire", "model"},
-    "control": {"wire", "model", "kube"},
+    "control": {"wire", "model", "kube", "log"},
     "lab": {"kube", "model"},
     "cli": {"model", "kube", "node", "lab"},
 }

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from sidestep.control import log
+from sidestep import log
 from sidestep.control.authority import RequestError
 from sidestep.control.callers import Denied, Gate, Unauthenticated, Unavailable
 from sidestep.control.metrics import Metrics

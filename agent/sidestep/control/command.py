@@ -6,6 +6,7 @@ Exit status: 0 after SIGTERM or SIGINT, 1 where it cannot start (one line says w
 import argparse
 import asyncio
 import ipaddress
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def config_of(args: argparse.Namespace) -> Config:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the control plane until SIGTERM or SIGINT."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else its threads write lines of their own into the log
     from sidestep.control.authority import AuthorityError
     from sidestep.control.wiring import serve
     from sidestep.kube.client import ConfigError, KubeError

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sidestep.control import log
+from sidestep import log
 from sidestep.control.objects import Policy
 from sidestep.control.rulings import Key, Rulings
 from sidestep.kube.client import KubeClient, KubeError

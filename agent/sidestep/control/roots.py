@@ -20,7 +20,8 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from sidestep.control import authority, log
+from sidestep import log
+from sidestep.control import authority
 from sidestep.control.authority import Authority, AuthorityError
 from sidestep.kube.client import KubeClient, KubeError, Object
 from sidestep.kube.watch import Reflector

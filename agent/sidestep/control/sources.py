@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sidestep.control import log, objects
+from sidestep import log
+from sidestep.control import objects
 from sidestep.control.objects import Json, Namespace, Policy
 from sidestep.control.records import Mesh
 from sidestep.control.remembered import Remembered

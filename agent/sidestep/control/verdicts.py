@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sidestep.control import log
+from sidestep import log
 from sidestep.control.objects import Policy
 from sidestep.control.policies import WAYPOINT, Ruling
 from sidestep.control.rulings import Key, Rulings

@@ -12,7 +12,8 @@ from typing import Any
 
 import grpc
 
-from sidestep.control import log, pages, roots
+from sidestep import log
+from sidestep.control import pages, roots
 from sidestep.control.authority import LIFETIME_S
 from sidestep.control.callers import Gate
 from sidestep.control.certificates import Certificates

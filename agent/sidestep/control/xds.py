@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from sidestep.control import log
+from sidestep import log
 from sidestep.control.callers import Caller, Denied, Gate, Unauthenticated, Unavailable
 from sidestep.control.certificates import OPAQUE, Context, headers
 from sidestep.control.metrics import Metrics

@@ -35,7 +35,7 @@ NUMBER_MAX = 2**64 - 1
 TEXT_MAX = 4096
 ADDRESSES_MAX = 16
 SHUTDOWN_MAX_S = 3600
-DUMPS = ("connections", "tunnels", "pods", "workloads", "services", "policies", "identities", "denials")
+DUMPS = ("connections", "tunnels", "pods", "workloads", "services", "policies", "identities", "denials", "versions")
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PR_SET_DUMPABLE = 4
 
@@ -298,16 +298,27 @@ class Host:
         if os.fstat(fds[0]).st_size != size:
             raise CommandError(f"the batch has {os.fstat(fds[0]).st_size} bytes, not {size}")
         report = self._ffi.new("char[]", REPORT_BYTES)
-        self._check("apply", self._lib.tunnel_apply(self._tunnel, fds[0], report, REPORT_BYTES))
+        reply: dict[str, object] = {}
+        if body.get("delta"):
+            told = self._ffi.new("struct tunnel_delta *")
+            self._check("apply", self._lib.tunnel_apply_delta(self._tunnel, fds[0], told, report, REPORT_BYTES))
+            reply = {
+                "type_url": self._ffi.string(told.type_url).decode(),
+                "nonce": self._ffi.string(told.nonce).decode(),
+                "resources": int(told.resources),
+                "removed": int(told.removed),
+            }
+        else:
+            self._check("apply", self._lib.tunnel_apply(self._tunnel, fds[0], report, REPORT_BYTES))
         rejected = []
         for line in self._ffi.string(report).decode("utf-8", "replace").splitlines():
             name, _, reason = line.partition(": ")
             rejected.append({"name": name, "reason": reason})
-        if body.get("whole") is True:
+        if body.get("whole") in (True, reply.get("type_url", True)):
             self._check("apply", self._lib.tunnel_whole(self._tunnel))
         counts = self._ffi.new("struct tunnel_counts *")
         self._lib.tunnel_counts(self._tunnel, counts)
-        reply: dict[str, object] = {
+        reply |= {
             "rejected": rejected,
             "workloads": int(counts.workloads),
             "services": int(counts.services),

@@ -1,21 +1,24 @@
 """Kubernetes over HTTP: one connection pool, plain dictionaries, one error class.
 
 `KubeClient` speaks JSON to the API server that a kubeconfig (or the pod's own service account) names. Objects are
-dictionaries as the API sends them; whoever keeps them projects them to something smaller (watch.Reflector). aiohttp
-on the plain REST API costs 9 MB, the generated client libraries 65.
+dictionaries as the API sends them; whoever keeps them projects them to something smaller (watch.Reflector). The
+generated client libraries cost 65 MB.
 """
 
+import asyncio
 import base64
 import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlencode
 
-import aiohttp
+from sidestep.kube.http import Answer, Http
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PATCH_TYPES = {
@@ -114,7 +117,7 @@ class KubeClient:
 
     def __init__(self, config: KubeConfig) -> None:
         self.config = config
-        self._session: aiohttp.ClientSession | None = None
+        self._http = Http(config.server, self._tls)
 
     @classmethod
     def from_config(cls, path: str | Path | None) -> "KubeClient":
@@ -131,9 +134,7 @@ class KubeClient:
 
     async def close(self) -> None:
         """Ends every connection, watches included."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._http.close()
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> Object:
         """One object (or anything else that answers JSON)."""
@@ -177,24 +178,17 @@ class KubeClient:
     ) -> Object:
         """Any request; the answer as a dictionary."""
         data = None if body is None else json.dumps(body).encode()
+        headers = self._headers() | ({"Content-Type": content_type} if data is not None else {})
         try:
-            async with self._open().request(
-                method,
-                self.config.server + path,
-                params=params,
-                data=data,
-                headers=self._headers() | ({"Content-Type": content_type} if data is not None else {}),
-                timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
-            ) as response:
-                text = await response.read()
-                if response.status >= 400:
-                    raise _refusal(response.status, text)
-                answer = json.loads(text) if text else {}
-                return answer if isinstance(answer, dict) else {"value": answer}
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise KubeError(
-                0, "Unreachable", f"{method} {self.config.server}{path}: {error or type(error).__name__}"
-            ) from error
+            async with asyncio.timeout(TIMEOUT_S):
+                async with self._http.ask(method, _target(path, params), headers, data) as response:
+                    text = await response.read()
+            if response.status >= 400:
+                raise _refusal(response.status, text)
+            answer = json.loads(text) if text else {}
+            return answer if isinstance(answer, dict) else {"value": answer}
+        except (TimeoutError, OSError, ValueError) as error:
+            raise self._unreachable(method, path, error) from error
 
     async def watch(
         self, path: str, *, resource_version: str, label_selector: str = "", field_selector: str = ""
@@ -209,17 +203,21 @@ class KubeClient:
             "resourceVersion": resource_version,
             "timeoutSeconds": str(WATCH_S),
         }
+        end = asyncio.get_running_loop().time() + WATCH_S + TIMEOUT_S
         try:
-            async with self._open().get(
-                self.config.server + path,
-                params=params,
-                headers=self._headers(),
-                timeout=aiohttp.ClientTimeout(total=WATCH_S + TIMEOUT_S, sock_connect=TIMEOUT_S),
-            ) as response:
-                if response.status >= 400:
-                    raise _refusal(response.status, await response.read())
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(TIMEOUT_S):
+                    asked = self._http.ask("GET", _target(path, params), self._headers(), None)
+                    response = await stack.enter_async_context(asked)
+                    if response.status >= 400:
+                        raise _refusal(response.status, await response.read())
                 _keep_alive(response)
-                async for line in _lines(response.content):
+                lines = _lines(response.pieces())
+                while True:
+                    async with asyncio.timeout_at(end):  # not around the yield: whoever watches has time of its own
+                        line = await anext(lines, None)
+                    if line is None:
+                        return
                     event = json.loads(line)
                     if event["type"] == "ERROR":
                         status = event.get("object") or {}
@@ -229,10 +227,12 @@ class KubeClient:
                             str(status.get("message", "")),
                         )
                     yield event["type"], event["object"]
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise KubeError(
-                0, "Unreachable", f"watch {self.config.server}{path}: {error or type(error).__name__}"
-            ) from error
+        except (TimeoutError, OSError, ValueError) as error:
+            raise self._unreachable("watch", path, error) from error
+
+    def _unreachable(self, what: str, path: str, error: Exception) -> KubeError:
+        message = f"{what} {self.config.server}{path}: {error or type(error).__name__}"
+        return KubeError(0, "Unreachable", message)
 
     def _headers(self) -> dict[str, str]:
         token = self.config.token
@@ -243,36 +243,32 @@ class KubeClient:
                 raise KubeError(0, "Unauthorized", f"{self.config.token_file}: {error.strerror}") from error
         return {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            tls: ssl.SSLContext | bool = True
-            if self.config.server.startswith("https:"):
-                tls = ssl.create_default_context(cadata=self.config.ca.decode() if self.config.ca else None)
-                if self.config.client_cert is not None:
-                    tls.load_cert_chain(self.config.client_cert, self.config.client_key)
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls, limit=64))
-        return self._session
+    def _tls(self) -> ssl.SSLContext:
+        tls = ssl.create_default_context(cadata=self.config.ca.decode() if self.config.ca else None)
+        if self.config.client_cert is not None:
+            tls.load_cert_chain(self.config.client_cert, self.config.client_key)
+        return tls
 
 
-def _keep_alive(response: aiohttp.ClientResponse) -> None:
+def _target(path: str, params: Mapping[str, str] | None) -> str:
+    return f"{path}?{urlencode(params)}" if params else path
+
+
+def _keep_alive(response: Answer) -> None:
     """A watch may be silent for long; a server that is gone without a word is noticed after 30 s all the same."""
-    transport = response.connection.transport if response.connection is not None else None
-    sock = transport.get_extra_info("socket") if transport is not None else None
-    if sock is None:
-        return
     for level, option, value in (
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     ):
-        sock.setsockopt(level, option, value)
+        response.option(level, option, value)
 
 
-async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Lines of any length: an object may be larger than the reader's own limit for a line."""
     rest = b""
-    async for chunk in stream.iter_any():
+    async for chunk in pieces:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             if line:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.capture import CaptureError, Captures
 from sidestep.node.cni import TRY_AGAIN, Call, CniError
 from sidestep.node.engine import Engine, EngineAway, EngineError, Hello

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from sidestep.node.agent import CertificateError
 from sidestep.node.identities import Certificate
-from sidestep.wire.pb import citadel_pb2
+from sidestep.wire import proto
 
 METHOD = "/istio.v1.auth.IstioCertificateService/CreateCertificate"
 LIFETIME_S = 86400
@@ -41,16 +41,16 @@ class Authority:
     async def issue(self, uri: str) -> Certificate:
         """A certificate for an identity. Raises CertificateError."""
         key = ec.generate_private_key(ec.SECP256R1())
-        request = citadel_pb2.IstioCertificateRequest(csr=signing_request(key, uri), validity_duration=LIFETIME_S)
-        request.metadata.update({"ImpersonatedIdentity": uri})
+        # IstioCertificateRequest: csr, validity_duration, metadata; the answer: cert_chain
+        request = (
+            proto.field(1, signing_request(key, uri))
+            + proto.field(3, LIFETIME_S)
+            + proto.field(4, proto.struct({"ImpersonatedIdentity": uri}))
+        )
         try:
-            call = (await self._channel(self._suspect)).unary_unary(
-                METHOD,
-                request_serializer=citadel_pb2.IstioCertificateRequest.SerializeToString,
-                response_deserializer=citadel_pb2.IstioCertificateResponse.FromString,
-            )
+            call = (await self._channel(self._suspect)).unary_unary(METHOD, None, None)
             metadata = await asyncio.to_thread(credentials, self._token_file, self._cluster_id)
-            response = await call(request, timeout=REQUEST_S, metadata=metadata)
+            response: bytes = await call(request, timeout=REQUEST_S, metadata=metadata)
             self._suspect = False
         except grpc.aio.AioRpcError as err:
             self._suspect = True
@@ -65,7 +65,11 @@ class Authority:
             raise CertificateError(REPLACED) from None
         except (OSError, ValueError) as err:
             raise CertificateError(str(err)) from None
-        return current(accept(uri, key, list(response.cert_chain)), time.time())
+        try:
+            chain = proto.texts(response, 1)
+        except ValueError as err:
+            raise CertificateError(f"the authority's answer cannot be read: {err}") from None
+        return current(accept(uri, key, chain), time.time())
 
 
 def credentials(token_file: Path | None, cluster_id: str) -> tuple[tuple[str, str], ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sidestep import _bpf
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.netns import Netns
 from sidestep.node.reconcile import Capture
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sidestep.node import log
+from sidestep import log
 
 MAGIC = b"SCNI"
 PROTOCOL = 1

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sidestep.node.pods import EXCLUDED_NAMESPACES
 
-# mallopt(3). Each thread's own arena would keep what it once used; and the buffers of libbpf (a copy of the kernel's BTF
-# each time) would stay in the heap for good whenever something small came to lie behind them.
+# mallopt(3). Each thread's own arena would keep what it once used; and the buffers of libbpf (copies of the kernel's BTF)
+# would stay in the heap for good whenever something small came to lie behind them.
 _M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
 _LARGE = 256 * 1024
 
@@ -53,6 +53,10 @@ class Config:
 
 class StartError(Exception):
     """The agent cannot start; says what is wrong and what to do."""
+
+
+class StateError(Exception):
+    """The --state-file cannot be used; says which and why."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -148,9 +152,9 @@ def run(args: argparse.Namespace) -> int:
         return 1
     ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else its threads write lines of their own into the log
     from sidestep.kube.client import ConfigError
     from sidestep.node.capture import CaptureError
-    from sidestep.node.statefile import StateError
     from sidestep.node.wiring import serve
 
     try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.identities import Certificate
 from sidestep.wire import channel
 from sidestep.wire.batch import Batch
@@ -67,8 +67,8 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What the engine holds. `identities`: URI -> (not_after, serial); `versions`: (kind, name) -> version; of its
-    settings `same_node`, "" for none.
+    """What the engine holds. `identities`: URI -> (not_after, serial); `counts`: records, by kind; of its settings
+    `same_node`, "" for none.
     """
 
     generation: str
@@ -76,8 +76,21 @@ class Hello:
     info: Mapping[str, Any]
     pods: Mapping[str, EnginePod]
     identities: Mapping[str, tuple[float, str]]
-    versions: Mapping[tuple[str, str], str]
+    counts: Mapping[str, int]
     same_node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """APPLY of a response: what it says of itself, the rejected records (name, reason), how many of each kind there are
+    now.
+    """
+
+    type_url: str
+    nonce: str
+    resources: int
+    rejected: list[tuple[str, str]]
+    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +154,7 @@ class Engine:
                     pid=self.hello.pid,
                     generation=self.hello.generation,
                     pods=len(self.hello.pods),
-                    records=len(self.hello.versions),
+                    records=sum(self.hello.counts.values()),
                 )
                 await self._connected(self.hello)
                 self.up = True
@@ -161,10 +174,8 @@ class Engine:
 
     async def _hello(self) -> Hello:
         body, fds = await self._call(channel.HELLO, {"min": channel.VERSION, "max": channel.VERSION})
-        versions = {}
-        for line in _read_memfds(fds).decode().splitlines():
-            kind, name, version = line.split(" ", 2)
-            versions[kind, name] = version
+        held = b"\n" + _read_memfds(fds)
+        counts = {kind: held.count(f"\n{kind} ".encode()) for kind in ("address", "policy")}
         engine = body.get("engine") or {}
         pods = {}
         for pod in body.get("pods") or ():
@@ -176,7 +187,7 @@ class Engine:
         }
         same_node = str((body.get("settings") or {}).get("same_node", ""))
         return Hello(
-            str(engine.get("generation", "")), int(engine.get("pid", 0)), engine, pods, identities, versions, same_node
+            str(engine.get("generation", "")), int(engine.get("pid", 0)), engine, pods, identities, counts, same_node
         )
 
     async def _read(self, connection: socket.socket) -> None:
@@ -309,6 +320,26 @@ class Engine:
             os.close(memfd)
         _close(received)
         return [(str(each["name"]), str(each["reason"])) for each in answer.get("rejected") or ()]
+
+    async def apply_delta(self, memfd: int, size: int, whole: str | bool = False) -> Applied:
+        """APPLY of a delta-xDS response, in a sealed memfd that stays the caller's; in force when this returns.
+        `whole`: with it the state is complete; a type URL: if the response is of that type.
+        """
+        body = {"size": size, "delta": True, "whole": whole}
+        answer, received = await self._call(channel.APPLY, body, (memfd,), APPLY_S)
+        _close(received)
+        return Applied(
+            str(answer["type_url"]),
+            str(answer["nonce"]),
+            int(answer["resources"]),
+            [(str(each["name"]), str(each["reason"])) for each in answer.get("rejected") or ()],
+            {"address": int(answer["workloads"]) + int(answer["services"]), "policy": int(answer["policies"])},
+        )
+
+    async def versions(self) -> bytes:
+        """DUMP of versions: a line "kind name version" for each record that is held."""
+        _, fds = await self._call(channel.DUMP, {"what": "versions"})
+        return _read_memfds(fds)
 
     async def metrics(self) -> str:
         """METRICS: Prometheus text."""

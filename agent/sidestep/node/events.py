@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.agent import ADD_FAILURES, Agent
 from sidestep.node.pods import Pod, Verdict
 from sidestep.node.reconcile import Step

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import parse_qsl
 
-from sidestep.node import log
+from sidestep import log
 
 HEAD_BYTES = 8192
 HEAD_S = 2.0

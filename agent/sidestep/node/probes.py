@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.capture import CaptureError, Captures
 
 SEARCH_S = 10.0  # between looks at all processes, while there is no kubelet

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.capture import INTERFACE, CaptureError, Captures, NotYet, Verified
 from sidestep.node.engine import Engine, EngineError, PodSpec, Ports
 from sidestep.node.metrics import Metrics

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 from cryptography import x509
 
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.agent import Agent, CertificateError
+from sidestep.node.command import StateError
 from sidestep.node.engine import EngineError, Hello
 from sidestep.node.identities import Certificate
 from sidestep.wire.batch import Batch, Op, Record
@@ -42,10 +43,6 @@ WORKLOAD_KEYS = {
 PROTOCOLS = {"TCP": workload_pb2.TunnelProtocol.NONE, "HBONE": workload_pb2.TunnelProtocol.HBONE}
 STATUSES = {"Healthy": workload_pb2.WorkloadStatus.HEALTHY, "Unhealthy": workload_pb2.WorkloadStatus.UNHEALTHY}
 MODES = {"Standard": workload_pb2.NetworkMode.STANDARD, "HostNetwork": workload_pb2.NetworkMode.HOST_NETWORK}
-
-
-class StateError(Exception):
-    """The file cannot be used; says which entry and why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from typing import Any
 
 import grpc
 
+from sidestep import log
 from sidestep.kube.client import KubeClient
-from sidestep.node import ca, cni, httpd, log
+from sidestep.node import ca, cni, httpd
 from sidestep.node.admin import Pages, only_local
 from sidestep.node.agent import Agent, Authority, CertificateError, Place
 from sidestep.node.api import ClusterApi, reflectors, root_reflector

@@ -1,10 +1,11 @@
-"""Delta xDS: records go from the control plane to the engine as they came; the agent keeps name and version.
+"""Delta xDS: responses go from the control plane to the engine as they came; the agent keeps nothing of them.
 
-A response becomes one batch (wire/batch.py) in one APPLY; it is acknowledged when the engine answers, that is when
-every worker has adopted it and has judged its open connections anew. Records that the engine rejects are named in a
-NACK, the others of the response are in force; the rejected version is not remembered, so that the server sends it
-again. What the server is told on a new stream (initial_resource_versions) is what the engine said it holds: after a
-restart of the engine nothing, and everything comes again.
+A response goes into a sealed memfd and is one APPLY: the engine reads it (decision 0001), and says of what type it was
+and how it is to be acknowledged. It is acknowledged when the engine answers, that is when every worker has adopted it
+and has judged its open connections anew. Records that the engine rejects are named in a NACK, the others of the
+response are in force. What the server is told on a new stream (initial_resource_versions) is what the engine holds,
+asked for then: after a restart of the engine nothing, and everything comes again. A rejected record is told with the
+version of its last good one, or not at all, so that the server sends it again.
 
 A policy that is rejected and has no last good version is stood in for by the engine with one that denies its
 namespace. The server is told of it with version "": it must send it again, and say when it is gone.
@@ -12,7 +13,7 @@ namespace. The server is told of it with version "": it must send it again, and 
 
 import asyncio
 import ctypes
-import hashlib
+import os
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -20,13 +21,13 @@ from typing import Any, Protocol
 
 import grpc
 
-from sidestep.node import log
+from sidestep import log
 from sidestep.node.agent import CertificateError
 from sidestep.node.ca import credentials
 from sidestep.node.engine import Engine, EngineError, Hello
 from sidestep.node.metrics import Metrics
-from sidestep.wire.batch import NAME_MAX, VERSION_MAX, Batch, Op, Record
-from sidestep.wire.pb import discovery_pb2
+from sidestep.wire import proto
+from sidestep.wire.batch import NAME_MAX, sealed
 
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 ADDRESS = "type.googleapis.com/istio.workload.Address"
@@ -34,8 +35,12 @@ AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
 KINDS = {ADDRESS: "address", AUTHORIZATION: "policy"}
 RETRY_FIRST_S = 0.01
 RETRY_LAST_S = 15.0
-MANY = 1000
+LARGE = 1 << 20  # bytes of a response: what it took would stay with the process
 NACK_CHARS = 4000
+RESOURCES, REMOVED = (
+    2,
+    6,
+)  # fields of DeltaDiscoveryResponse; of its request: node 1, type 2, versions 5, nonce 6, error 7
 REFUSED_MAX = 256  # of each type, that /status tells of
 # The engine's report of what it rejects has 24 KiB and ends where the next line does not fit: one that is longer than
 # this may have been cut.
@@ -71,13 +76,12 @@ class Stream:
     ) -> None:
         self._channel = channel
         self._address = address
-        self._node = discovery_pb2.Node(id=node_id)
-        self._node.metadata.update(dict(metadata))
+        self._node = proto.field(1, proto.field(1, node_id) + proto.field(3, proto.struct(metadata)))
         self._token_file = token_file
         self._cluster_id = cluster_id
         self._engine = engine
         self._metrics = metrics
-        self._held: dict[str, dict[str, str]] = {url: {} for url in KINDS}
+        self._counts: Mapping[str, int] = {}
         self._acked: set[str] = set()
         self._changed = asyncio.Event()
         self._connected = False
@@ -86,11 +90,7 @@ class Stream:
 
     def engine_holds(self, hello: Hello) -> None:
         """A connection to the engine is there, and this is what it holds."""
-        kinds = {kind: url for url, kind in KINDS.items()}
-        self._held = {url: {} for url in KINDS}
-        for (kind, name), version in hello.versions.items():
-            if kind in kinds:
-                self._held[kinds[kind]][name] = version
+        self._counts = hello.counts
         self._acked = set()
         self._refused = {url: {} for url in KINDS}
         self._changed.set()
@@ -111,7 +111,7 @@ class Stream:
                 for url, refused in self._refused.items()
                 for name, reason in sorted(refused.items())[:REFUSED_MAX]
             ],
-            "resources": {KINDS[url]: len(held) for url, held in self._held.items()},
+            "resources": {kind: self._counts.get(kind, 0) for kind in KINDS.values()},
         }
 
     async def run(self) -> None:
@@ -150,23 +150,23 @@ class Stream:
         """One stream, to its end. Returns the reason in the words of reference/ztunnel.md 3.1."""
         try:
             headers = await asyncio.to_thread(credentials, self._token_file, self._cluster_id)
-            call = (await self._channel(bool(self._error))).stream_stream(
-                METHOD,
-                request_serializer=discovery_pb2.DeltaDiscoveryRequest.SerializeToString,
-                response_deserializer=discovery_pb2.DeltaDiscoveryResponse.FromString,
-            )(None, metadata=headers)
+            call = (await self._channel(bool(self._error))).stream_stream(METHOD, None, None)(None, metadata=headers)
             try:
+                versions = await self._engine.versions()
                 for url in KINDS:
-                    await call.write(self._first(url))
+                    await call.write(self._first(url, versions))
+                del versions
                 while True:
-                    response = await call.read()
+                    response: Any = await call.read()
                     if response is grpc.aio.EOF:  # type: ignore[attr-defined]
                         return (
                             "Complete"
                             if (await call.code()) is grpc.StatusCode.OK
                             else self._failed(await call.details())
                         )
-                    await call.write(await self._take(response))  # type: ignore[arg-type]
+                    taking = self._take(response)
+                    del response  # the coroutine lets go of it before it waits
+                    await call.write(await taking)
             finally:
                 call.cancel()
         except grpc.aio.AioRpcError as err:
@@ -183,16 +183,32 @@ class Stream:
         self._error = error
         return "Error"
 
-    def _first(self, url: str) -> discovery_pb2.DeltaDiscoveryRequest:
-        """The first request of a stream: a wildcard subscription, and what is held already."""
-        return discovery_pb2.DeltaDiscoveryRequest(
-            node=self._node, type_url=url, initial_resource_versions=self._held[url]
+    def _first(self, url: str, versions: bytes) -> bytes:
+        """The first request of a stream: a wildcard subscription, and what the engine holds already. Fields that are
+        put behind a message are part of it, so there is no object for any of a hundred thousand.
+        """
+        head = self._node + proto.field(2, url)
+        kind = f"{KINDS[url]} ".encode()
+        held = (line.split(b" ", 2) for line in versions.splitlines() if line.startswith(kind))
+        return head + b"".join(
+            proto.field(5, proto.field(1, name) + proto.field(2, version)) for _, name, version in held
         )
 
-    async def _take(self, response: discovery_pb2.DeltaDiscoveryResponse) -> discovery_pb2.DeltaDiscoveryRequest:
+    async def _take(self, response: bytes) -> bytes:
         """Gives a response to the engine. Returns the ACK or NACK."""
-        url = response.type_url
-        answer = discovery_pb2.DeltaDiscoveryRequest(node=self._node, type_url=url, response_nonce=response.nonce)
+        size = len(response)
+        memfd = sealed(response)
+        del response
+        missing = [url for url in KINDS if url not in self._acked]
+        whole = missing[0] if len(missing) == 1 else not missing
+        try:
+            applied = await self._engine.apply_delta(memfd, size, whole)
+            url, rejected = applied.type_url, {}
+            if url in KINDS and (applied.rejected or self._refused[url]):
+                rejected = self._refuse(url, os.pread(memfd, size, 0), dict(applied.rejected))
+        finally:
+            os.close(memfd)
+        answer = self._node + proto.field(2, url) + proto.field(6, applied.nonce)
         if not self._connected:
             self._connected, self._error = True, ""
             log.event("xds_connected", control=self._address)
@@ -200,92 +216,52 @@ class Stream:
             log.event("xds_unknown_type", type=url)
             return answer
         self._metrics.add("istio_xds_message_total", url=url)
-        self._metrics.add("istio_xds_message_bytes_total", response.ByteSize(), url=url)
-        with Batch() as batch:
-            rejected = _fill(batch, url, response)
-            answers = await self._engine.apply(batch, whole=self._acked | {url} >= KINDS.keys())
-        cut = sum(len(name.encode()) + len(reason) + 3 for name, reason in answers) > REPORT_FULL
-        told = dict(answers)
-        for resource in response.resources:
-            reason = told.get(_as_told(record_name(url, resource.name)))
-            if reason is not None:
-                rejected.setdefault(resource.name, reason)
-        self._remember(url, response, rejected, cut)
+        self._metrics.add("istio_xds_message_bytes_total", size, url=url)
+        self._counts = applied.counts
         if url not in self._acked or rejected:
-            log.event("xds_applied", type=KINDS[url], records=len(response.resources), rejected=len(rejected))
+            log.event("xds_applied", type=KINDS[url], records=applied.resources, rejected=len(rejected))
         self._acked.add(url)
-        if len(response.resources) > MANY:
-            _LIBC.malloc_trim(0)  # what a large response took would stay with the process
+        if size > LARGE:
+            _LIBC.malloc_trim(0)
         if rejected:
+            cut = sum(len(name.encode()) + len(reason) + 3 for name, reason in applied.rejected) > REPORT_FULL
             more = "; and others, their names did not fit" if cut else ""
-            answer.error_detail.message = _listed(rejected) + more
-            log.event("xds_rejected", level="WARN", type=KINDS[url], records=answer.error_detail.message)
+            message = _listed(rejected) + more
+            answer += proto.field(7, proto.field(2, message))
+            log.event("xds_rejected", level="WARN", type=KINDS[url], records=message)
         return answer
 
-    def _remember(
-        self, url: str, response: discovery_pb2.DeltaDiscoveryResponse, rejected: Mapping[str, str], cut: bool
-    ) -> None:
-        """Notes what the engine holds now, and what is refused. Where the engine's report was cut, any version may be
-        one that was rejected: none is remembered.
+    def _refuse(self, url: str, response: bytes, told: Mapping[str, str]) -> dict[str, str]:
+        """Notes what is refused now, after a response of which the engine told that, or that may heal what was refused
+        before. Returns name -> reason of what is refused of it, with the names as the server writes them.
         """
-        held, refused = self._held[url], self._refused[url]
-        for name in response.removed_resources:
-            held.pop(name, None)
-            refused.pop(name, None)
-        for resource in response.resources:
-            name = resource.name
-            if name in rejected:
-                if len(refused) < REFUSED_MAX or name in refused:
-                    refused[name] = rejected[name][:NACK_CHARS]
-                if url == AUTHORIZATION:
-                    held.setdefault(name, "")
-            else:
-                held[name] = "" if cut or len(resource.version) > VERSION_MAX else resource.version
+        refused, rejected = self._refused[url], {}
+        names = []
+        for number, value in proto.fields(response):
+            if isinstance(value, bytes) and number == REMOVED:
+                refused.pop(value.decode(), None)
+            elif isinstance(value, bytes) and number == RESOURCES:
+                names.append("".join(proto.texts(value, 3)[-1:]))
+        for name in names:
+            reason = told.get(_as_told(name))
+            if reason is None:
                 refused.pop(name, None)
+                continue
+            rejected[name] = reason
+            if len(refused) < REFUSED_MAX or name in refused:
+                refused[name] = reason[:NACK_CHARS]
+        return rejected
 
     def _rejected(self) -> str:
         """What is refused now, in one text."""
         return _listed({name: reason for refused in self._refused.values() for name, reason in refused.items()})
 
 
-def record_name(url: str, name: str) -> str:
-    """The name under which the engine is given a resource: its own. A policy whose name is empty or too long for a
-    record must not be passed over: it comes under one that begins alike, so that it is in force, or stood in for, in
-    its namespace.
-    """
-    packed = name.encode()
-    if url != AUTHORIZATION or 0 < len(packed) <= NAME_MAX:
-        return name
-    digest = hashlib.sha256(packed).hexdigest()[:16]
-    return f"{packed[: NAME_MAX - 32].decode(errors='ignore')}~{digest}"
-
-
 def _as_told(name: str) -> str:
-    """A name as the engine's report tells it: what would break a line there is a question mark."""
-    return bytes(63 if each < 33 or each == 127 else each for each in name.encode()).decode(errors="replace")
+    """A name as the engine's report tells it: its beginning, what would break a line there a question mark."""
+    packed = name.encode()[:NAME_MAX]
+    return bytes(63 if each < 33 or each == 127 else each for each in packed).decode(errors="replace")
 
 
 def _listed(rejected: Mapping[str, str]) -> str:
     return "; ".join(f"{name[:200]}: {reason}" for name, reason in sorted(rejected.items()))[:NACK_CHARS]
-
-
-def _fill(batch: Batch, url: str, response: discovery_pb2.DeltaDiscoveryResponse) -> dict[str, str]:
-    """Puts a response into a batch. Bodies are the resources' bytes as they came, whatever is in them. Returns what
-    cannot be a record at all: name -> reason.
-    """
-    policy = url == AUTHORIZATION
-    rejected: dict[str, str] = {}
-    for name in response.removed_resources:
-        try:
-            batch.add(Record(Op.POLICY_DEL if policy else Op.ADDRESS_DEL, record_name(url, name)))
-        except ValueError:
-            continue  # it never was one
-    for resource in response.resources:
-        name, version = record_name(url, resource.name), resource.version
-        if len(version) > VERSION_MAX:
-            version = ""
-        try:
-            batch.add(Record(Op.POLICY_SET if policy else Op.ADDRESS_SET, name, version, resource.resource.value))
-        except ValueError as err:
-            rejected[resource.name] = str(err)
-    return rejected

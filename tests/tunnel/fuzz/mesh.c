@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Whatever bytes a batch holds, the state stays whole: every lookup and dump works afterwards, and one good record
- * still goes in. The first byte says how to read the rest: as a batch, or as a body of an Address or of an
- * Authorization. A workload that names the policy is always there: what was decoded is also evaluated, for callers
- * whose identity comes from the same bytes.
+ * still goes in. The first byte says how to read the rest: as a batch, as a body of an Address or of an
+ * Authorization, or as a response of delta xDS. A workload that names the policy is always there: what was decoded is
+ * also evaluated, for callers whose identity comes from the same bytes.
  */
 #include "mesh.h"
 #include "rbac.h"
@@ -182,7 +182,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         }
         if (!size)
                 return 0;
-        if (data[0] % 3 == 0) {
+        if (data[0] & 0x40) {
+                struct tunnel_delta told;
+                r = mesh_apply_delta(mesh, data + 1, size - 1, &told, report, sizeof(report));
+                if (!r && (strnlen(told.nonce, sizeof(told.nonce)) == sizeof(told.nonce) || told.resources > size))
+                        abort();
+        } else if (data[0] % 3 == 0) {
                 r = mesh_apply(mesh, data + 1, size - 1, report, sizeof(report));
         } else {
                 uint8_t *batch = malloc(size + 128);
