@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sidestep import _bpf
-from sidestep import log
+from sidestep import _bpf, log
 from sidestep.node.netns import Netns
 from sidestep.node.reconcile import Capture
 
