@@ -562,7 +562,7 @@ def test_a_deny_toggled_a_hundred_times_under_load(mesh: Mesh) -> None:
         for way in WAYS:
             run("nsenter", f"--net={mesh.caller(way)}", "sysctl", "-qw", "net.ipv4.tcp_tw_reuse=1")
             words = ["nsenter", f"--net={mesh.caller(way)}", "--", sys.executable, "-c", HAMMER]
-            words += [mesh.target(way).address(), str(PORT), SAME_NODE if way == "local" else "engine"]
+            words += [mesh.target(way).address(), str(PORT), "native" if mesh.native(way) else "engine"]
             hammers.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         times: list[tuple[float, float, str]] = []  # acknowledged, next one sent, what must happen meanwhile
         acknowledged = time.monotonic()

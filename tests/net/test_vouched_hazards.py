@@ -101,11 +101,9 @@ def test_a_forged_syn_beside_the_genuine_one(world: World, application: socket.s
 
 
 @pytest.mark.parametrize("origin", ["third", "far", "host"])
-def test_a_forged_syn_while_the_handshake_is_under_way(
-    world: World, application: socket.socket, origin: str
-) -> None:
-    """The note is taken, the SYN-ACK is lost, and somebody sends another SYN of the tuple. The client's handshake goes on
-    and is the only one that the application sees.
+def test_a_forged_syn_while_the_handshake_is_under_way(world: World, application: socket.socket, origin: str) -> None:
+    """The note is taken, the SYN-ACK is lost, and somebody sends another SYN of the tuple. The client's handshake goes
+    on and is the only one that the application sees.
     """
     world.allow(application)
     handed = world.handed()
@@ -204,9 +202,7 @@ def little_memory(world: World) -> None:
         sysctl(world, pod, "net.core.optmem_max=8192")
 
 
-def test_a_client_without_memory_is_the_engines(
-    world: World, application: socket.socket, little_memory: None
-) -> None:
+def test_a_client_without_memory_is_the_engines(world: World, application: socket.socket, little_memory: None) -> None:
     """Its socket has no room for its fate: it is captured, as any socket that nothing is known of."""
     world.allow(application)
     handed, captured = world.handed(), world.counter(world.client, "to_outbound")
@@ -224,8 +220,8 @@ def test_a_client_without_memory_is_the_engines(
 def test_a_server_without_memory_is_refused_and_then_the_engines(
     world: World, application: socket.socket, little_memory: None, closing: Callable[..., None]
 ) -> None:
-    """The accepted socket has no room for its fate: nothing of it leaves natively. Its client hears a reset; for a while
-    the pair's connections are the engine's, which are served.
+    """The accepted socket has no room for its fate: nothing of it leaves natively. Its client hears a reset; for a
+    while the pair's connections are the engine's, which are served.
     """
     world.allow(application)
     application.close()
