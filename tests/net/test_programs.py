@@ -13,6 +13,7 @@ import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ def sendfile(ends: Ends) -> Seen:
 
     seen = []
     for one, other in ends.both():
-        seen += together(lambda one=one: send(one), lambda other=other: take(other))
+        seen += together(partial(send, one), partial(take, other))
     return seen
 
 
@@ -127,7 +128,7 @@ def splice(ends: Ends) -> Seen:
     seen = []
     for one, other in ends.both():
         other.settimeout(None)  # a splice on a socket that does not block
-        seen += together(lambda one=one: give(one, 3_000_000), lambda other=other: spliced(other))
+        seen += together(partial(give, one, 3_000_000), partial(spliced, other))
     return seen
 
 
@@ -151,7 +152,7 @@ def splice_out(ends: Ends) -> Seen:
 
     seen = []
     for one, other in ends.both():
-        seen += together(lambda one=one: send(one), lambda other=other: take(other))
+        seen += together(partial(send, one), partial(take, other))
     return seen
 
 
@@ -181,7 +182,7 @@ def zero_copy(ends: Ends) -> Seen:
 
     seen = []
     for one, other in ends.both():
-        seen += together(lambda one=one: send(one), lambda other=other: take(other))
+        seen += together(partial(send, one), partial(take, other))
     return seen
 
 
@@ -284,7 +285,7 @@ def urgent(ends: Ends, inline: bool) -> Seen:
         assert arrived.poll(20_000)
         seen.append(bool(select.select([], [], [other], 0)[2]))
         if not inline:
-            seen.append(how(lambda other=other: other.recv(1, socket.MSG_OOB | socket.MSG_DONTWAIT)))
+            seen.append(how(partial(other.recv, 1, socket.MSG_OOB | socket.MSG_DONTWAIT)))
         words, mark = b"", -1
         while True:
             if mark < 0 and fcntl.ioctl(other, SIOCATMARK, bytes(4)) != bytes(4):
@@ -362,7 +363,7 @@ def test_urgent_bytes_in_a_long_stream(worlds: dict[str, Nodes], family: int) ->
                 one.shutdown(socket.SHUT_WR)
 
             other.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            seen += together(send, lambda other=other: take(other))
+            seen += together(send, partial(take, other))
         return seen
 
     expected = played(worlds, "plain", family, program)
