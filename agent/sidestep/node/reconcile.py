@@ -162,7 +162,7 @@ def _release(have: Actual, drain_quiet_ms: int) -> Step:
         # Programs that cannot be verified cannot be changed safely either: repaired first, then drained.
         if not have.intact:
             return Step.REPAIR
-        # The engine first: once the programs drain, clear text of this pod is no sign of a vouched flow that went wrong.
+        # The engine first: once the programs drain, clear text of this pod is no vouched flow that came too late.
         return Step.ENGINE_DRAIN if have.engine is Serving.SERVING and have.engine_up else Step.DRAIN
     if have.capture is Capture.PREPARED:
         if have.engine is not Serving.ABSENT:
