@@ -111,8 +111,10 @@ $(OUT)/san/fuzz-%.run: $(OUT)/san/fuzz-%
 # The data path with real sockets: the tests' harness starts its engines with this extension, and a report of a sanitizer
 # fails the test (tests/harness/sanitized.py). Deselected: what measures memory, or is long because of its numbers.
 SAN_EXT   := $(OUT)/san/sidestep/_tunnel.abi3.so
-SAN_TESTS := tests/tunnel/test_peers.py tests/tunnel/test_envoy.py tests/tunnel/test_streams.py tests/tunnel/test_routes.py
-SAN_ONLY  := not readers_that_stop and not thousand and not new_certificates and not (two_hundred and 6)
+SAN_TESTS := tests/tunnel/test_peers.py tests/tunnel/test_envoy.py tests/tunnel/test_streams.py tests/tunnel/test_routes.py \
+	tests/net/test_vouched.py tests/net/test_programs.py
+SAN_ONLY  := not readers_that_stop and not thousand and not new_certificates and not (two_hundred and 6) and \
+	not (test_vouched and 6) and not (test_programs and 6)
 
 $(SAN_EXT): $(OUT)/.ext $(SAN_OBJ)
 	@mkdir -p $(@D)

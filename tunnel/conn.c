@@ -944,7 +944,7 @@ static ssize_t splice(struct flow *f, struct side *from, struct side *to, size_t
                 if (n < 0 && errno == EINTR)
                         continue;
                 if (n < 0 && errno == EAGAIN) {
-                        from->io.readable = false;
+                        from->io.readable = from->io.urgent = false;
                         break;
                 }
                 if (n < 0) {
@@ -955,7 +955,7 @@ static ssize_t splice(struct flow *f, struct side *from, struct side *to, size_t
                         from->ended = true;
                         break;
                 }
-                if (n < LOOP_SCRATCH && !from->io.hangup)
+                if (n < LOOP_SCRATCH && !from->io.hangup && !from->io.urgent)
                         from->io.readable = false;
                 count_bytes(f, from, (size_t)n);
                 moved += (size_t)n;
@@ -1005,7 +1005,7 @@ static ssize_t load(struct flow *f, struct side *from, struct side *to, size_t m
                 if (n < 0 && errno == EINTR)
                         continue;
                 if (n < 0 && errno == EAGAIN) {
-                        from->io.readable = false;
+                        from->io.readable = from->io.urgent = false;
                         break;
                 }
                 if (n < 0) {
@@ -1016,7 +1016,7 @@ static ssize_t load(struct flow *f, struct side *from, struct side *to, size_t m
                         from->ended = true;
                         break;
                 }
-                if ((size_t)n < want && !from->io.hangup)
+                if ((size_t)n < want && !from->io.hangup && !from->io.urgent)
                         from->io.readable = false;
                 if (room != f->w->scratch) {
                         to->out.len += (size_t)n;

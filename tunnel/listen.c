@@ -146,10 +146,12 @@ static int listener_open(struct pod *p, enum role role, uint16_t port)
         set_int(fd, IPPROTO_TCP, TCP_NODELAY, 1);
         if (p->paces)
                 unpaced(fd);
-        if (role != ROLE_HBONE)
+        if (role != ROLE_HBONE) {
                 linger_reset(fd);
-        else
+                set_int(fd, SOL_SOCKET, SO_OOBINLINE, 1); /* inherited; decision 0012 */
+        } else {
                 set_int(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 20000);
+        }
         /* Inherited: an accepted socket sits on the port that was called, and must not keep the application from it. */
         set_int(fd, SOL_SOCKET, SO_REUSEADDR, 1);
         if ((result = transparent(fd, family)) < 0 || (result = set_int(fd, SOL_SOCKET, SO_REUSEPORT, 1)) < 0 ||
@@ -282,8 +284,10 @@ static int connect_once(struct pod *p, const struct endpoint *source, const stru
                 goto fail;
         if (p->paces && aim != AIM_OUTSIDE)
                 unpaced(fd);
-        if (aim != AIM_TUNNEL)
+        if (aim != AIM_TUNNEL) {
                 linger_reset(fd);
+                set_int(fd, SOL_SOCKET, SO_OOBINLINE, 1);
+        }
         if (source) {
                 int level = family == AF_INET ? SOL_IP : SOL_IPV6;
                 set_int(fd, level, family == AF_INET ? IP_TRANSPARENT : IPV6_TRANSPARENT, 1);

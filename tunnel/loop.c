@@ -49,7 +49,7 @@ uint64_t loop_random(struct worker *w)
 
 int loop_watch(struct worker *w, struct io *io)
 {
-        struct epoll_event e = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = io};
+        struct epoll_event e = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET, .data.ptr = io};
         if (io->type == IO_LISTENER || io->type == IO_WAKE)
                 e.events = EPOLLIN;
         return epoll_ctl(w->epoll, EPOLL_CTL_ADD, io->fd, &e) < 0 ? -errno : 0;
@@ -137,6 +137,8 @@ static void dispatch(struct worker *w, struct epoll_event *e)
                 io->hangup = true;
         if (e->events & EPOLLERR)
                 io->failed = true;
+        if (e->events & EPOLLPRI)
+                io->urgent = true;
         switch (io->type) {
         case IO_WAKE: {
                 uint64_t n;

@@ -22,8 +22,8 @@ enum io_type { IO_WAKE, IO_LISTENER, IO_SIDE, IO_TUN };
 
 struct io {
         enum io_type type;
-        int fd; /* -1: closed; late events are ignored */
-        bool readable, writable, hangup;
+        int fd;                                  /* -1: closed; late events are ignored */
+        bool readable, writable, hangup, urgent; /* urgent: a read may end at the mark */
         bool failed; /* an error was reported: nothing more will come, also where nobody is reading */
 };
 

@@ -80,6 +80,7 @@ struct allowance {
         struct allowance *next; /* same bucket */
         uint32_t slot, generation;
         bool open, counted, outside; /* counted: opened_before is of this look */
+        bool alone;     /* what comes in clear text for it can only be a late one: its source is captured */
         bool inherited; /* an engine before this one counted its flows: those that are open are to be told */
         struct addr src;
         struct endpoint dst;
@@ -561,7 +562,7 @@ void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pai
                 allowance_free(v, a, true);
                 goto out;
         }
-        a->open = true;
+        a->open = a->alone = true;
         for (int i = 0; i < 2; i++) {
                 struct event_labels labels = {.reporter = i ? EVENT_DESTINATION : EVENT_SOURCE,
                                               .src = pair->src_workload,
@@ -712,7 +713,7 @@ bool vouch_is_late(struct vouch *v, const struct addr *src, const struct endpoin
                 return false;
         pthread_mutex_lock(&v->lock);
         struct allowance *a = find(v, src, dst);
-        bool late = a && !a->outside && a->source && atomic_load(&a->source->mode) == TUNNEL_SERVING &&
+        bool late = a && !a->outside && a->alone && a->source && atomic_load(&a->source->mode) == TUNNEL_SERVING &&
                     (a->open || clock_ms() - a->closed_ms < LATE_MS);
         pthread_mutex_unlock(&v->lock);
         return late;
@@ -1366,8 +1367,11 @@ void vouch_pod_draining(struct vouch *v, struct pod *p)
         pthread_mutex_lock(&v->lock);
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS && atomic_load(&v->count); i++) {
                 struct allowance *a = v->by_slot[i];
-                if (a && (a->source == p || a->target == p))
-                        shut(v, a);
+                if (!a || (a->source != p && a->target != p))
+                        continue;
+                shut(v, a);
+                /* Its source may send in clear text from now on, also when it is on its way back into the mesh. */
+                a->alone = false;
         }
         pthread_mutex_unlock(&v->lock);
 }

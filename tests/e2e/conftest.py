@@ -1,4 +1,6 @@
-"""Two labs with the same world, one with the mesh and one without: every claim about the wire has its control."""
+"""Labs with the same world, with the mesh and without: every claim about the wire has its control. What concerns one
+node also runs in a third, with acceleration there.
+"""
 
 import os
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ while True:
     threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 """
 
+NATIVE = "--agent-arg=--same-node=native"
 
 POSTGRES = """
 set -eu
@@ -114,10 +117,10 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _lab(name: str, manifests: Path, plain: bool) -> Iterator[Lab]:
+def _lab(name: str, manifests: Path, plain: bool, *options: str) -> Iterator[Lab]:
     lab = Lab(f"{name}{os.getpid() % 10000}", plain=plain)
     try:
-        lab.up(manifests)
+        lab.up(manifests, options=options)
         yield lab
     finally:
         lab.down()
@@ -133,3 +136,9 @@ def mesh(manifests: Path) -> Iterator[Lab]:
 def plain(manifests: Path) -> Iterator[Lab]:
     """The same lab without the mesh."""
     yield from _lab("p", manifests, plain=True)
+
+
+@pytest.fixture(scope="session")
+def native(manifests: Path) -> Iterator[Lab]:
+    """A third one, with the mesh and with acceleration between pods of one node."""
+    yield from _lab("n", manifests, False, NATIVE)

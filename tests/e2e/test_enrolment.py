@@ -5,6 +5,8 @@ import json
 import signal
 import subprocess
 
+import pytest
+
 from tests.harness.lab import Lab, build_customers, eventually
 
 TOGGLES = 20
@@ -25,12 +27,14 @@ def grown(lab: Lab, before: float) -> float:
     return more if more > 20 else 0.0
 
 
-def test_toggles_under_load_lose_nothing(mesh: Lab) -> None:
+@pytest.mark.parametrize(("place", "target"), [("mesh", "server"), ("mesh", "near"), ("native", "near")])
+def test_toggles_under_load_lose_nothing(request: pytest.FixtureRequest, place: str, target: str) -> None:
+    mesh: Lab = request.getfixturevalue(place)
     mesh.release("world")
     before = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in mesh.pods("world")}
     mesh.reuse_ports("world/client")
     customers = str(build_customers())
-    command = [customers, "buy", mesh.address("world/server"), "7000", str(RATE), str(KEPT)]
+    command = [customers, "buy", mesh.address(f"world/{target}"), "7000", str(RATE), str(KEPT)]
     process = mesh.popen("world/client", *command, stdout=subprocess.PIPE)
     carried = []
     try:
@@ -40,7 +44,7 @@ def test_toggles_under_load_lose_nothing(mesh: Lab) -> None:
             mesh.release("world")
     finally:
         result = last(process)
-    print(f"{TOGGLES} toggles: {result}; connections seen by the mesh while enrolled: {carried}")
+    print(f"{place}, {target}, {TOGGLES} toggles: {result}; connections seen by the mesh while enrolled: {carried}")
     assert result["failed"] == 0, result
     assert result["kept_open"] == KEPT
     assert result["kept_broken"] == 0

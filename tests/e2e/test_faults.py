@@ -1,5 +1,6 @@
 """Processes die by SIGKILL under load: what must go on goes on, what must end ends with a reset, nothing leaks."""
 
+import contextlib
 import functools
 import json
 import os
@@ -65,10 +66,10 @@ print(json.dumps(count), flush=True)
 
 
 class Customers:
-    """The load in pod `client` towards pod `server`; reports are read as they come."""
+    """The load in pod `client` towards another; reports are read as they come."""
 
-    def __init__(self, lab: Lab) -> None:
-        command = [str(build_customers()), "buy", lab.address("world/server"), "7000", str(RATE), str(KEPT)]
+    def __init__(self, lab: Lab, target: str = "server") -> None:
+        command = [str(build_customers()), "buy", lab.address(f"world/{target}"), "7000", str(RATE), str(KEPT)]
         self.process = lab.popen("world/client", *command, stdout=subprocess.PIPE)
 
     def report(self) -> dict[str, float]:
@@ -92,12 +93,12 @@ class Customers:
         return dict(json.loads(output.strip().splitlines()[-1]))
 
 
-@pytest.fixture
-def customers(mesh: Lab) -> Iterator[Customers]:
+@contextlib.contextmanager
+def loaded(mesh: Lab, target: str) -> Iterator[Customers]:
     """A load that runs over enrolled pods."""
     mesh.reuse_ports("world/client")
     mesh.enrol("world")
-    load = Customers(mesh)
+    load = Customers(mesh, target)
     try:
         load.more(RATE)
         yield load
@@ -122,14 +123,26 @@ def kill(lab: Lab, process: str, node: str = "") -> int:
     return eventually(f"a new {process}", lambda: (new := pid(lab, process, node)) != old and new)
 
 
-@pytest.mark.parametrize(("process", "node"), [("agent", "node1"), ("agent", "node2"), ("control", "")])
+@pytest.mark.parametrize(
+    ("place", "target", "process", "node"),
+    [
+        ("mesh", "server", "agent", "node1"),
+        ("mesh", "server", "agent", "node2"),
+        ("mesh", "server", "control", ""),
+        ("mesh", "near", "agent", "node1"),
+        ("native", "near", "agent", "node1"),
+        ("native", "near", "control", ""),
+    ],
+)
 def test_killing_what_carries_no_traffic_changes_nothing(
-    mesh: Lab, customers: Customers, process: str, node: str
+    request: pytest.FixtureRequest, place: str, target: str, process: str, node: str
 ) -> None:
-    engines = [pid(mesh, "engine", each) for each in ("node1", "node2")]
-    kill(mesh, process, node)
-    customers.more(2 * RATE)
-    result = customers.end()
+    mesh: Lab = request.getfixturevalue(place)
+    with loaded(mesh, target) as customers:
+        engines = [pid(mesh, "engine", each) for each in ("node1", "node2")]
+        kill(mesh, process, node)
+        customers.more(2 * RATE)
+        result = customers.end()
     print(result)
     assert result["failed"] == 0, result
     assert result["kept_open"] == KEPT

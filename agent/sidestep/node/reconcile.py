@@ -160,7 +160,10 @@ def _release(have: Actual, drain_quiet_ms: int) -> Step:
         return Step.CLEAR
     if have.capture in (Capture.STRICT, Capture.LENIENT):
         # Programs that cannot be verified cannot be changed safely either: repaired first, then drained.
-        return Step.DRAIN if have.intact else Step.REPAIR
+        if not have.intact:
+            return Step.REPAIR
+        # The engine first: once the programs drain, clear text of this pod is no vouched flow that came too late.
+        return Step.ENGINE_DRAIN if have.engine is Serving.SERVING and have.engine_up else Step.DRAIN
     if have.capture is Capture.PREPARED:
         if have.engine is not Serving.ABSENT:
             return Step.ENGINE_DEL if have.engine_up else Step.WAIT_ENGINE
