@@ -24,7 +24,7 @@ from sidestep.wire.pb import discovery_pb2, workload_pb2
 from tests.bench import policies
 from tests.bench.front import NAME, PORT, Front, Stream
 from tests.bench.load import LoadError, answer, build
-from tests.bench.machine import pss_mib
+from tests.bench.machine import node_mib
 from tests.bench.rows import LOAD_PORT
 from tests.bench.side import Side, lab, namespace, pod, sleeper
 from tests.bench.verdicts import POLICIES, WORKLOADS
@@ -128,12 +128,12 @@ class Started:
         self.bpf_dir = node.bpf_dir
 
     def mib(self) -> float:
-        """PSS of both, once it falls no more: what the work took is given back after it."""
+        """Of both, once it falls no more: what the work took is given back after it."""
         pids = [self.agent.pid, self.engine.pid, *_children(self.engine.pid)]
-        before, now = float("inf"), pss_mib(*pids)
+        before, now = float("inf"), node_mib(*pids)
         while now < before - 0.5:
             time.sleep(0.5)
-            before, now = now, pss_mib(*pids)
+            before, now = now, node_mib(*pids)
         return now
 
     def stop(self) -> None:

@@ -24,6 +24,7 @@ ASKED = (
     "network's is more than a proxy carries at all. Single figures: the median, with the smallest and the largest; "
     "where the bound is for every case, the worst is judged."
 )
+QUICK = " (**quick: it judges nothing, and large meshes and many connections are a twentieth of what is said**)"
 KINDS = {"bare": "knowing one destination", "mesh": "knowing the whole mesh"}
 
 
@@ -202,7 +203,7 @@ def markdown(report: Record, plot: str = "") -> str:
         "# Benchmarks",
         "Written by `make bench BENCH_ARGS=--write-docs`; do not edit. How it is measured: tests/bench/__main__.py.",
         f"{report['time']}, {settings['rounds']} interleaved rounds of {settings['seconds']:g} s"
-        + (" (**quick: it judges nothing**)" if settings["quick"] else "")
+        + (QUICK if settings["quick"] else "")
         + f". Machine: {machine['cpus']} x {machine['cpu']}, {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
         f"{machine['openssl']}, congestion control {machine['congestion_control']}, "
         f"load before the run {machine['load_before']:.2f}.",
@@ -211,7 +212,7 @@ def markdown(report: Record, plot: str = "") -> str:
         "Shares, and what follows `x`, are of the plain network in the same round: the median of the rounds, with the "
         "smallest and the largest. CPU is what the whole machine worked for one operation or GB, load and server "
         "included: user + system + softirq. `saturated`: a fixed rate that was not carried, so its latency has no "
-        "bound. Memory is PSS.",
+        "bound. Memory that is judged is the PSS that a node's processes would have on a machine of their own.",
     ]
     if plot:
         out.append(f"![shares of no mesh]({plot})")
