@@ -179,10 +179,12 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name:
             folder = Path(name)
             if {"rows", "singles"} & set(options.only):
-                self.tell(f"labs come up: {', '.join(options.targets)}")
-                with targets(
-                    folder, options.targets, options.peer, dict(options.variant), enrol=not options.control
-                ) as found:
+                with (
+                    self.noting(f"labs come up: {', '.join(options.targets)}"),
+                    targets(
+                        folder, options.targets, options.peer, dict(options.variant), enrol=not options.control
+                    ) as found,
+                ):
                     self._labs(found)
             if options.control or OURS not in options.targets:
                 return

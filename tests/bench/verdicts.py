@@ -81,6 +81,7 @@ SINGLES: dict[str, Single] = {
     ),
     "push_wait_none": Single("the longest wait of a new connection without a push", "ms"),
     "memory_large": Single(f"{_LARGE}: memory of agent and engine", "MiB", 150, 4, worst=True),
+    "memory_large_here": Single(f"{_LARGE}: memory of both, PSS beside the lab's other processes", "MiB"),
     "memory": Single("memory of agent and engine, 10 pods", "MiB", 75),
     "idle": Single(f"engine's memory for each of {IDLE} open connections that do nothing", "KiB", 24),
     "start": Single(f"{_LARGE}: from the start of agent and engine to the first enrolled pod", "s", 1),
