@@ -33,8 +33,8 @@ from tests.harness.lab import ANNOTATION
 from tests.tunnel import policy_model as model
 
 KEYS = (
-    "start", "start_full", "memory_large", "memory_large_here", "push_full", "push_one", "push_wait_full", "push_wait_one",
-    "push_wait_none",
+    "start", "start_full", "memory_large", "memory_large_here", "push_full", "push_one", "push_wait_full",
+    "push_wait_one", "push_wait_none",
 )  # fmt: skip
 NAMESPACES = 50
 RATE, WINDOW_S = 500, 3.0  # new connections a second while pushes come; for how long
