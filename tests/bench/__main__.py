@@ -235,8 +235,9 @@ class Run:
     def _singles(self, target: Target) -> None:
         """Of a lab of ours that is up; memory is that of the lab that has more."""
         rounds, seconds = min(self.options.rounds, 3), self.options.seconds
-        for key in ("memory_first", "memory"):
-            self.singles[key] = [max([self.node[target.name], *(self.singles.get(key) or [])])]
+        total = sum(self.memory["idle"][target.name][name] for name in ("agent, node1", "engine, node1"))
+        for key, mib in (("memory_first", total), ("memory", total), ("memory_own", self.node[target.name])):
+            self.singles[key] = [max([mib, *(self.singles.get(key) or [])])]
         if target.name == FAST:
             return
         with self.noting(f"bulk beside {figures.STALLED} readers that do not read", "stalled"):

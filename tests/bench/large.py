@@ -33,7 +33,7 @@ from tests.harness.lab import ANNOTATION
 from tests.tunnel import policy_model as model
 
 KEYS = (
-    "start", "start_full", "memory_large", "memory_large_here", "push_full", "push_one", "push_wait_full",
+    "start", "start_full", "memory_large", "memory_large_own", "push_full", "push_one", "push_wait_full",
     "push_wait_one", "push_wait_none",
 )  # fmt: skip
 NAMESPACES = 50
@@ -312,5 +312,5 @@ def large(folder: Path, rounds: int, quick: bool, tell: Callable[[str], None]) -
 
 
 def _weigh(own: Started, times: dict[str, list[float]]) -> None:
-    for key, mib in zip(("memory_large", "memory_large_here"), own.mib(), strict=True):
+    for key, mib in zip(("memory_large_own", "memory_large"), own.mib(), strict=True):
         times[key].append(mib)

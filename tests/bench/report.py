@@ -152,9 +152,20 @@ def _fleet(kind: Record) -> str:
         parts = " + ".join(number(entry["cpu_split"][part]) for part in ("user", "system", "softirq"))
         cpu = f"{ranged(entry['cpu_us'])}: {parts}"
         times = number(entry["p50_us"]["median"]), number(entry["p99_us"]["median"])
-        found.append([name, number(entry["memory_mib"]), number(entry["carried"]), cpu, *times])
+        found.append(
+            [name, number(entry["memory_mib"]), number(entry["own_mib"]), number(entry["carried"]), cpu, *times]
+        )
     return table(
-        ["", "memory of node1's proxies, MiB", "requests/s", "CPU us a request", "p50 us", "worst pod's p99 us"], found
+        [
+            "",
+            "memory of node1's proxies, MiB",
+            "as on a machine of its own",
+            "requests/s",
+            "CPU us a request",
+            "p50 us",
+            "worst pod's p99 us",
+        ],
+        found,
     )
 
 
@@ -212,7 +223,8 @@ def markdown(report: Record, plot: str = "") -> str:
         "Shares, and what follows `x`, are of the plain network in the same round: the median of the rounds, with the "
         "smallest and the largest. CPU is what the whole machine worked for one operation or GB, load and server "
         "included: user + system + softirq. `saturated`: a fixed rate that was not carried, so its latency has no "
-        "bound. Memory that is judged is the PSS that a node's processes would have on a machine of their own.",
+        "bound. Memory is PSS, which takes off what other processes here share, those of the labs' other nodes too; "
+        "`as on a machine of its own` takes nothing off for them.",
     ]
     if plot:
         out.append(f"![shares of no mesh]({plot})")
