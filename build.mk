@@ -46,10 +46,10 @@ $(BIN)/supervise: tunnel/supervise.c
 	gcc $(CFLAGS_C) -static -o $@.new $< && mv $@.new $@
 
 # The programs of the pods' namespaces: compiled, stripped of DWARF (BTF stays), embedded into sidestep._bpf as skeletons.
-BPF_SKEL := $(OUT)/bpf/capture.skel.h $(OUT)/bpf/survey.skel.h $(OUT)/bpf/kubelet.skel.h
+BPF_SKEL := $(OUT)/bpf/capture.skel.h $(OUT)/bpf/survey.skel.h $(OUT)/bpf/kubelet.skel.h $(OUT)/bpf/flows.skel.h
 BPFTOOL  := $(firstword $(wildcard /usr/sbin/bpftool /sbin/bpftool) bpftool)
 
-$(OUT)/bpf/%.skel.h: bpf/%.bpf.c bpf/maps.h
+$(OUT)/bpf/%.skel.h: bpf/%.bpf.c bpf/maps.h bpf/shared.h bpf/kernel.h
 	@mkdir -p $(@D)
 	@echo "build: bpf/$*.bpf.c"
 	@$(CLANG) -O2 -g -target bpf -mcpu=v2 -Wall -Werror -I/usr/include/$(shell uname -m)-linux-gnu -c $< -o $(OUT)/bpf/$*.o

@@ -12,7 +12,9 @@ def cdef(name: str) -> str:
     """The part of a header that cffi reads."""
     text = (HERE / name).read_text()
     part = text.split("/* cdef begin */", 1)[1].split("/* cdef end */", 1)[0]
-    return re.sub(r"#define CAPTURE_LAYOUT .*", "", part).replace("CAPTURE_ERROR_LEN 512", "CAPTURE_ERROR_LEN ...")
+    return re.sub(r"#define CAPTURE_(LAYOUT|FORMER) .*", "", part).replace(
+        "CAPTURE_ERROR_LEN 512", "CAPTURE_ERROR_LEN ..."
+    )
 
 
 ffi = FFI()
@@ -37,7 +39,7 @@ ffi.set_source(
         "bpf/loader.h",
         "bpf/loader.c",
         "bpf/maps.h",
-        *(f"build/bpf/{name}.skel.h" for name in ("capture", "survey", "kubelet")),
+        *(f"build/bpf/{name}.skel.h" for name in ("capture", "survey", "kubelet", "flows")),
     ],
 )
 

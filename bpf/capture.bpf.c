@@ -27,6 +27,20 @@
  * to it), and keeps that as its fate. So a connection of the same tuple that is not the noted one stays the engine's,
  * the engine's own connect from the kubelet's address included.
  *
+ * Vouched flows: once the engine has allowed a pair (source address, destination address and port) of two pods of this
+ * node, it writes an allowance into the source's `verdicts`: a slot of the node's `slots`, and its generation. Each SYN
+ * asks anew (`vouch`): is the allowance there, its generation the slot's, the engine alive? Then it passes natively and
+ * leaves a note in the node's `vouched`, like the kubelet's; the destination takes it the same way, into `pending`, and
+ * the accepted socket's fate remembers slot and generation. Withdrawing is one store by the engine, which
+ * destroys both sockets; a packet that leaves all the same is dropped, after a second turned around, which resets its
+ * sender. Whatever is full, late or unknown ends at the engine, or is a SYN
+ * that is dropped and comes again. Bytes are counted at the end that sends them, by sequence number, so that what is
+ * sent twice counts once. The end that closes second, or resets, says what became of the flow (`ended`).
+ *
+ * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note
+ * there, so none is left; and nobody counts what they send, so the pod's end counts what it has received when it
+ * acknowledges.
+ *
  * SYN cookies: an application's listener that is over its backlog keeps no request, so the engine's third packet meets
  * no connection, and steer is asked again. The tag must be there again: `out_lo` tags the engine's packets until one of
  * them meets a connection.
@@ -44,12 +58,15 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "maps.h"
+#include "shared.h"
 
 #define LO_IFINDEX 1 /* in every network namespace (net/core/dev.c registers lo first) */
 #define ETH_P_MPLS 0x8847
 #define AF_INET 2
 #define AF_INET6 10
 #define SOCK_STREAM 1
+#define TCP_ESTABLISHED 1
+#define TCP_LAST_ACK 9
 #define TCP_LISTEN 10
 #define MAX_EXTENSIONS 8
 
@@ -62,19 +79,9 @@ struct {
         __type(value, __u64);
 } listeners SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-        __uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
-        __type(key, int);
-        __type(value, __u32);
-} engine_sk SEC(".maps");
+struct map_of_engine_sk engine_sk SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-        __uint(map_flags, BPF_F_NO_PREALLOC);
-        __type(key, int);
-        __type(value, struct capture_fated);
-} fates SEC(".maps");
+struct map_of_fates fates SEC(".maps");
 
 struct {
         __uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -83,20 +90,43 @@ struct {
         __type(value, __u64); /* when, CLOCK_MONOTONIC in ns */
 } own SEC(".maps");
 
-/* The node's, shared by all pods and kubelet.bpf.c. */
+/* Of the pod as a source. A miss, or one that is old: the engine decides. */
 struct {
-        __uint(type, BPF_MAP_TYPE_LRU_HASH);
-        __uint(max_entries, KUBELET_MAX_NOTES);
+        __uint(type, BPF_MAP_TYPE_HASH);
+        __uint(map_flags, BPF_F_NO_PREALLOC);
+        __uint(max_entries, VOUCH_MAX_VERDICTS);
         __type(key, struct capture_tuple);
-        __type(value, struct capture_probe);
-} probe_notes SEC(".maps");
+        __type(value, struct vouch_verdict);
+} verdicts SEC(".maps");
 
+/* The node's. Not an LRU: the source goes its native way only if its note is there and stays. */
 struct {
-        __uint(type, BPF_MAP_TYPE_LRU_HASH);
-        __uint(max_entries, CAPTURE_MAX_PROBES);
+        __uint(type, BPF_MAP_TYPE_HASH);
+        __uint(max_entries, VOUCH_MAX_NOTES);
         __type(key, struct capture_tuple);
         __type(value, struct capture_probe);
-} probes SEC(".maps");
+} vouched SEC(".maps");
+
+/* The node's; the engine has it mapped. */
+struct {
+        __uint(type, BPF_MAP_TYPE_ARRAY);
+        __uint(map_flags, BPF_F_MMAPABLE);
+        __uint(max_entries, VOUCH_MAX_SLOTS);
+        __type(key, __u32);
+        __type(value, struct vouch_slot);
+} slots SEC(".maps");
+
+/* The node's, read by the engine. */
+struct {
+        __uint(type, BPF_MAP_TYPE_RINGBUF);
+        __uint(max_entries, VOUCH_ENDED_BYTES);
+} ended SEC(".maps");
+
+struct map_of_pending pending SEC(".maps");
+
+struct map_of_probe_notes probe_notes SEC(".maps");
+
+struct map_of_probes probes SEC(".maps");
 
 struct {
         __uint(type, BPF_MAP_TYPE_ARRAY);
@@ -166,8 +196,9 @@ static __always_inline int turn(struct __sk_buff *skb)
 struct packet {
         struct bpf_sock_tuple tuple; /* in the packet's own direction */
         __u32 tuple_size;
-        __u32 seq, ack_seq; /* host order */
-        bool syn, ack, rst, payload;
+        __u32 seq, ack_seq;               /* host order */
+        __u32 payload;                    /* bytes */
+        bool syn, ack, rst, fin, options; /* options: of IPv4 */
 };
 
 /* Where the TCP header is: > 0; 0: not TCP or none of our business; < 0: -reason to drop. */
@@ -182,6 +213,7 @@ static __always_inline int find_tcp4(struct __sk_buff *skb, struct packet *p)
                 return -COUNT_DROP_FRAGMENT;
         if (ip.ihl < 5)
                 return -COUNT_DROP_SHORT;
+        p->options = ip.ihl > 5;
         p->tuple.ipv4.saddr = ip.saddr;
         p->tuple.ipv4.daddr = ip.daddr;
         p->tuple_size = sizeof(p->tuple.ipv4);
@@ -267,7 +299,9 @@ static __always_inline int find_tcp(struct __sk_buff *skb, struct packet *p)
         p->syn = tcp.syn;
         p->ack = tcp.ack;
         p->rst = tcp.rst;
-        p->payload = skb->len > (__u32)at + tcp.doff * 4;
+        p->fin = tcp.fin;
+        __u32 headers = (__u32)at + tcp.doff * 4;
+        p->payload = skb->len > headers ? skb->len - headers : 0;
         if (p->tuple_size == sizeof(p->tuple.ipv4)) {
                 p->tuple.ipv4.sport = tcp.source;
                 p->tuple.ipv4.dport = tcp.dest;
@@ -300,15 +334,8 @@ static __always_inline bool meets_connection(struct __sk_buff *skb, struct packe
         return connection;
 }
 
-static __always_inline void mapped(__u8 *to, __u32 ip4)
-{
-        __builtin_memset(to, 0, 10);
-        to[10] = to[11] = 0xff;
-        __builtin_memcpy(to + 12, &ip4, 4);
-}
-
-/* The probe that a packet of the pod may belong to. What it began with must be compared. */
-static __always_inline struct capture_probe *probe_of(struct packet *p, struct capture_tuple *t)
+/* The tuple of a packet that the pod sends. */
+static __always_inline void tuple_of(struct packet *p, struct capture_tuple *t)
 {
         __builtin_memset(t, 0, sizeof(*t));
         if (p->tuple_size == sizeof(p->tuple.ipv4)) {
@@ -322,21 +349,192 @@ static __always_inline struct capture_probe *probe_of(struct packet *p, struct c
                 t->local_port = bpf_ntohs(p->tuple.ipv6.sport);
                 t->remote_port = bpf_ntohs(p->tuple.ipv6.dport);
         }
+}
+
+/* The probe that a packet of the pod may belong to. What it began with must be compared. */
+static __always_inline struct capture_probe *probe_of(struct capture_tuple *t)
+{
         struct capture_probe *probe = bpf_map_lookup_elem(&probes, t);
         /* Long before the clock behind initial sequence numbers comes round (275 s). */
         return probe && bpf_ktime_get_ns() - probe->when < KUBELET_REPLY_NS ? probe : NULL;
 }
 
-/* Was this socket accepted from the kubelet? Takes the probe out: its fate says it from now on. */
-static __always_inline bool accepted_probe(struct bpf_sock *sk, struct packet *p)
+/* Is the allowance still given? */
+static __always_inline struct vouch_slot *slot_of(__u32 slot, __u32 generation)
+{
+        struct vouch_slot *s = bpf_map_lookup_elem(&slots, &slot);
+        return s && generation && *(volatile __u32 *)&s->generation == generation ? s : NULL;
+}
+
+/* Did the socket begin with this SYN? What it has received leads back to it; a FIN counts one more. */
+static __always_inline bool began_with(struct bpf_sock *sk, struct bpf_tcp_sock *tcp, __u32 isn)
+{
+        __u32 more = tcp->rcv_nxt - (__u32)tcp->bytes_received - isn;
+        __u32 state = *(volatile __u32 *)&sk->state;
+        return more == 1 || (more == 2 && state != TCP_ESTABLISHED);
+}
+
+/* Was this socket accepted from the kubelet, or from a vouched client? Takes the SYN out: its fate says it from now on.
+ */
+static __always_inline void accepted(struct bpf_sock *sk, struct packet *p, struct capture_fated *now)
 {
         struct capture_tuple t;
-        struct capture_probe *probe = probe_of(p, &t);
-        struct bpf_tcp_sock *tcp = probe ? bpf_tcp_sock(sk) : NULL;
-        if (!tcp || tcp->rcv_nxt - (__u32)tcp->bytes_received != probe->isn + 1)
+        tuple_of(p, &t);
+        struct capture_probe *syn = probe_of(&t);
+        if (syn) {
+                struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);
+                if (tcp && began_with(sk, tcp, syn->isn)) {
+                        bpf_map_delete_elem(&probes, &t);
+                        now->fate = FATE_PROBE;
+                        return;
+                }
+        }
+        syn = bpf_map_lookup_elem(&pending, &t);
+        if (syn) {
+                struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);
+                if (tcp && began_with(sk, tcp, syn->isn)) {
+                        now->fate = FATE_VOUCHED;
+                        now->slot = syn->slot;
+                        now->generation = syn->generation;
+                        now->next = p->seq + p->syn; /* Fast Open: the SYN-ACK is the accepted socket's */
+                        now->since = syn->when;
+                        bpf_map_delete_elem(&pending, &t);
+                }
+        }
+}
+
+/* Leaves the note of this SYN that the destination takes. */
+static __always_inline bool leave_note(struct capture_tuple *t, __u16 port, struct capture_probe *what)
+{
+        struct capture_tuple note = {.local_port = t->remote_port, .remote_port = port};
+        __builtin_memcpy(note.local, t->remote, 16);
+        __builtin_memcpy(note.remote, t->local, 16);
+        if (bpf_map_update_elem(&vouched, &note, what, BPF_ANY) == 0)
+                return true;
+        count(COUNT_VOUCH_FULL);
+        return false;
+}
+
+/* May this SYN go natively? */
+static __always_inline bool vouch(struct packet *p, struct capture_fated *fated, struct capture_fated *now)
+{
+        struct capture_tuple t;
+        __u32 outbound = SLOT_OUTBOUND;
+        /* Begun with the engine, ended with it; data in a SYN is nothing that anybody here looks at, and one with
+         * options in_eth would not know again. */
+        if ((fated && fated->fate == FATE_CAPTURED && fated->isn == p->seq) || p->payload || p->options)
                 return false;
-        bpf_map_delete_elem(&probes, &t);
+        tuple_of(p, &t);
+        __u16 port = t.local_port;
+        t.local_port = 0;
+        struct vouch_verdict *v = bpf_map_lookup_elem(&verdicts, &t);
+        struct capture_probe what = {.isn = p->seq, .when = bpf_ktime_get_ns()};
+        if (!v || what.when > v->until)
+                return false;
+        what.slot = v->slot;
+        what.generation = v->generation;
+        struct vouch_slot *s = slot_of(what.slot, what.generation);
+        if (!s || (s->full && what.when - s->full < VOUCH_FULL_NS))
+                return false;
+        struct bpf_sock *engine = bpf_map_lookup_elem(&listeners, &outbound);
+        if (!engine)
+                return false; /* nobody would withdraw it */
+        bpf_sk_release(engine);
+        if (s->taken == VOUCH_OUTSIDE)
+                count(COUNT_OUTSIDE);
+        else if (!leave_note(&t, port, &what))
+                return false;
+        now->fate = FATE_VOUCHED;
+        now->slot = what.slot;
+        now->generation = what.generation;
+        now->next = p->seq + 1;
+        now->opened = 1;
+        now->since = what.when;
         return true;
+}
+
+/* What came from outside, as far as the pod's end has acknowledged it. A FIN counts as one byte there: before it is
+ * known whether one came, one byte less is counted. */
+static __always_inline void outside_received(struct bpf_sock *sk, struct capture_fated *fated, struct vouch_slot *s)
+{
+        struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);
+        __u64 got = tcp ? tcp->bytes_received : 0;
+        if (got && *(volatile __u32 *)&sk->state != TCP_ESTABLISHED)
+                got--;
+        if (got <= fated->received)
+                return;
+        __sync_fetch_and_add(&s->received, got - fated->received);
+        fated->received = got;
+}
+
+/* Says that a vouched flow ends, once: with the FIN of the end that closes second, or with a reset. Who received a FIN
+ * has counted it as a byte. */
+static __always_inline void tell_end(struct bpf_sock *sk, struct packet *p, struct capture_fated *fated)
+{
+        __u32 state = *(volatile __u32 *)&sk->state;
+        bool second = p->fin && state == TCP_LAST_ACK;
+        if ((!second && !p->rst) || fated->told)
+                return;
+        struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);
+        struct vouch_ended *e = bpf_ringbuf_reserve(&ended, sizeof(*e), 0);
+        if (!e) {
+                count(COUNT_VOUCH_UNTOLD);
+                return;
+        }
+        __u16 port = p->tuple_size == sizeof(p->tuple.ipv4)
+                             ? (fated->opened ? p->tuple.ipv4.sport : p->tuple.ipv4.dport)
+                             : (fated->opened ? p->tuple.ipv6.sport : p->tuple.ipv6.dport);
+        __u64 other = tcp ? tcp->bytes_received - second : 0;
+        e->slot = fated->slot;
+        e->generation = fated->generation;
+        e->port = bpf_ntohs(port);
+        e->reset = !second;
+        e->reserved = 0;
+        e->sent = fated->opened ? fated->bytes : other;
+        e->received = fated->opened ? other : fated->bytes;
+        e->since = fated->since;
+        e->when = bpf_ktime_get_ns();
+        bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+        fated->told = 1;
+}
+
+/* A packet of a vouched flow leaves. */
+static __always_inline int vouched_leaves(struct __sk_buff *skb, struct bpf_sock *sk, struct packet *p,
+                                          struct capture_fated *fated)
+{
+        struct vouch_slot *s = slot_of(fated->slot, fated->generation);
+        if (!s) {
+                if (p->rst && !p->payload)
+                        return pass(COUNT_VOUCHED); /* the other end is to hear of it */
+                /* Turned around it resets this end, and nobody tells the other one; so the engine, which destroys both,
+                 * goes first. */
+                s = bpf_map_lookup_elem(&slots, &fated->slot);
+                if (s && bpf_ktime_get_ns() - s->cut < VOUCH_CUT_NS)
+                        return drop(COUNT_VOUCH_CUT);
+                count(COUNT_VOUCH_CUT);
+                return turn(skb);
+        }
+        __u32 end = p->seq + p->payload;
+        __u32 more = end - fated->next;
+        if (p->payload && (__s32)more > 0) {
+                fated->next = end;
+                fated->bytes += more;
+                __sync_fetch_and_add(fated->opened ? &s->sent : &s->received, more);
+        }
+        if (s->taken == VOUCH_OUTSIDE)
+                outside_received(sk, fated, s);
+        else if (p->fin || p->rst)
+                tell_end(sk, p, fated);
+        return pass(COUNT_VOUCHED);
+}
+
+/* No memory for an accepted socket's fate: it is captured, and whoever calls next comes by way of the engine. */
+static __always_inline int turn_unknown(struct __sk_buff *skb, struct capture_fated *now)
+{
+        struct vouch_slot *s = now->fate == FATE_VOUCHED ? slot_of(now->slot, now->generation) : NULL;
+        if (s)
+                s->full = bpf_ktime_get_ns();
+        return turn(skb);
 }
 
 /* An application's TCP socket sends: what becomes of the packet. */
@@ -352,28 +550,40 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                  * connect. */
                 bool before = fated && (fated->fate == FATE_NOTED || fated->fate == FATE_NATIVE);
                 bool again = before && fated->isn == p->seq && m != MODE_STRICT;
-                if (native || again)
+                bool opens = true;
+                if (native || again) {
                         now.fate = FATE_NATIVE;
+                } else if (vouch(p, fated, &now)) {
+                        /* The same once more, or a new connect? */
+                        opens = !fated || fated->fate != FATE_VOUCHED || fated->isn != p->seq;
+                }
                 if (!fated)
                         fated = bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
                 if (!fated)
                         return turn(skb); /* no memory for its fate: then it is the engine's */
                 *fated = now;
+                if (now.fate == FATE_VOUCHED && opens) { /* after its fate: who counts reads them the other way round */
+                        struct vouch_slot *s = slot_of(now.slot, now.generation);
+                        if (s)
+                                __sync_fetch_and_add(&s->opened, 1);
+                }
         } else {
                 fated = bpf_sk_storage_get(&fates, sk, 0, 0);
                 if (!fated && !native) {
-                        /* What was not noted is not from before: accepted from the engine, or from the kubelet. */
-                        if (accepted_probe(sk, p))
-                                now.fate = FATE_PROBE;
+                        /* What was not noted is not from before: accepted from the engine, from the kubelet, or from a
+                         * vouched client. */
+                        accepted(sk, p, &now);
                         fated = bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
                         if (!fated)
-                                return turn(skb);
+                                return turn_unknown(skb, &now);
                 } else if (m != MODE_STRICT && (!fated || fated->fate == FATE_NOTED)) {
                         /* Seen for the first time in the middle: the engine's other end, or a connection from before.
                          */
                         bool engine = meets_connection(skb, p);
                         if (!engine)
                                 now.fate = FATE_NATIVE;
+                        if (!engine && !fated)
+                                accepted(sk, p, &now);
                         if (!fated)
                                 fated = bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
                         if (!fated)
@@ -381,11 +591,43 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                         *fated = now;
                 }
         }
+        if (fated->fate == FATE_VOUCHED)
+                return vouched_leaves(skb, sk, p, fated);
         if (fated->fate == FATE_PROBE)
                 return pass(COUNT_PROBE);
         if (fated->fate == FATE_NATIVE && m != MODE_STRICT)
                 return pass(m == MODE_LENIENT ? COUNT_OLD : COUNT_NATIVE);
         return turn(skb);
+}
+
+/* Is it a plain segment in the middle of a connection, headers where the kernel puts them? What it says of it. */
+static __always_inline bool in_the_middle(struct __sk_buff *skb, struct packet *p)
+{
+        void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+        struct ethhdr *eth = data;
+        struct tcphdr *tcp;
+        if ((void *)(eth + 1) > end || skb->vlan_present)
+                return false;
+        if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+                struct iphdr *ip = (void *)(eth + 1);
+                if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
+                    ip->frag_off & bpf_htons(0x3fff))
+                        return false;
+                tcp = (void *)(ip + 1);
+        } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
+                struct ipv6hdr *ip = (void *)(eth + 1);
+                if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
+                        return false;
+                tcp = (void *)(ip + 1);
+        } else {
+                return false;
+        }
+        if ((void *)(tcp + 1) > end || tcp->syn || tcp->fin || tcp->rst)
+                return false;
+        __u32 headers = (__u32)((void *)tcp - data) + tcp->doff * 4;
+        p->seq = bpf_ntohl(tcp->seq);
+        p->payload = skb->len > headers ? skb->len - headers : 0;
+        return true;
 }
 
 SEC("tc")
@@ -398,6 +640,10 @@ int out_eth(struct __sk_buff *skb)
         struct bpf_sock *full = NULL, *sk = skb->sk;
         if (sk) {
                 full = bpf_sk_fullsock(sk);
+                /* Most packets of vouched flows need no more than this. */
+                struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
+                if (fated && fated->fate == FATE_VOUCHED && in_the_middle(skb, &p))
+                        return vouched_leaves(skb, full, &p, fated);
                 if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0))
                         return pass(COUNT_ENGINE);
         }
@@ -422,8 +668,14 @@ int out_eth(struct __sk_buff *skb)
                         return pass(COUNT_NATIVE);
                 if (listener) {
                         struct capture_tuple t;
-                        struct capture_probe *probe = probe_of(&p, &t);
-                        return probe && p.ack_seq == probe->isn + 1 ? pass(COUNT_PROBE) : turn(skb);
+                        tuple_of(&p, &t);
+                        struct capture_probe *syn = probe_of(&t);
+                        if (syn && p.ack_seq == syn->isn + 1)
+                                return pass(COUNT_PROBE);
+                        syn = bpf_map_lookup_elem(&pending, &t);
+                        if (syn && p.ack_seq == syn->isn + 1 && slot_of(syn->slot, syn->generation))
+                                return pass(COUNT_VOUCHED);
+                        return turn(skb);
                 }
         }
         if (m == MODE_NOTING || m == MODE_DRAINING)
@@ -528,6 +780,25 @@ int in_eth(struct __sk_buff *skb)
         struct capture_probe *before = bpf_map_lookup_elem(&probes, &t);
         if (before)
                 before->open = 0; /* steer could not tell the two apart */
+        note = bpf_map_lookup_elem(&vouched, &t);
+        if (note && note->isn == now.isn) {
+                struct vouch_slot *s = slot_of(note->slot, note->generation);
+                bool good = s && now.when - note->when < KUBELET_NOTE_NS;
+                now.slot = note->slot;
+                now.generation = note->generation;
+                /* First the one, then the other: between them it must not be nobody's. */
+                if (good && bpf_map_update_elem(&pending, &t, &now, BPF_ANY)) {
+                        s->full = now.when; /* the SYN comes again, and then is the engine's */
+                        good = false;
+                }
+                bpf_map_delete_elem(&vouched, &t);
+                return good ? TC_ACT_UNSPEC : drop(COUNT_IN_LATE);
+        }
+        before = bpf_map_lookup_elem(&pending, &t);
+        if (before && before->isn == now.isn)
+                return drop(COUNT_IN_LATE); /* a copy: its sender notes each that it sends */
+        if (before)
+                before->open = 0;
         return TC_ACT_UNSPEC;
 }
 
@@ -594,6 +865,15 @@ int steer(struct bpf_sk_lookup *ctx)
                 if (probe->open == 1) {
                         probe->open = 2;
                         count(COUNT_IN_PROBE);
+                }
+                return SK_PASS;
+        }
+        probe = bpf_map_lookup_elem(&pending, &t);
+        if (probe && probe->open && bpf_ktime_get_ns() - probe->when < VOUCH_PENDING_NS &&
+            slot_of(probe->slot, probe->generation)) {
+                if (probe->open == 1) {
+                        probe->open = 2;
+                        count(COUNT_IN_VOUCHED);
                 }
                 return SK_PASS;
         }

@@ -18,6 +18,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "maps.h"
+#include "shared.h"
 
 #define PASS 1
 
@@ -33,12 +34,7 @@ struct {
         __type(value, __u8);
 } probe_ports SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_LRU_HASH);
-        __uint(max_entries, KUBELET_MAX_NOTES);
-        __type(key, struct capture_tuple);
-        __type(value, struct capture_probe);
-} probe_notes SEC(".maps");
+struct map_of_probe_notes probe_notes SEC(".maps");
 
 struct {
         __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -52,13 +48,6 @@ static __always_inline void count(__u32 what)
         __u64 *n = bpf_map_lookup_elem(&kubelet_counters, &what);
         if (n)
                 (*n)++;
-}
-
-static __always_inline void mapped(__u8 *to, __u32 ip4)
-{
-        __builtin_memset(to, 0, 10);
-        to[10] = to[11] = 0xff;
-        __builtin_memcpy(to + 12, &ip4, 4);
 }
 
 SEC("cgroup_skb/egress")

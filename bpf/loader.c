@@ -25,6 +25,13 @@
  * goes with the last, so that all pods that are there read the same notes. The program carries the id of the cgroup's
  * directory; another directory (the kubelet was started anew) means another program and link.
  *
+ * Another layout of the pins (capture_upgrade): the maps that are as before are linked to under the new directory, so
+ * whoever has them goes on; programs and the other maps are loaded anew; fates are carried from the one map to the
+ * other; the sk_lookup link gets the new program in one step, and its pin moves. The old tc filters, which the
+ * namespace holds, turn round what the engine's sockets in the same `listeners` take, until they are exchanged. A
+ * crash in the middle leaves the old pins, which are taken away last, and the same call finishes it. What comes to
+ * nothing: counters, and probes of the kubelet that are under way.
+ *
  * The iterator needs the kernel's BTF, which takes time and memory to read, so it is loaded when it is first needed.
  */
 #define _GNU_SOURCE
@@ -37,9 +44,11 @@
 #include <limits.h>
 #include <linux/fib_rules.h>
 #include <linux/if_link.h>
+#include <linux/inet_diag.h>
 #include <linux/magic.h>
 #include <linux/membarrier.h>
 #include <linux/rtnetlink.h>
+#include <linux/sock_diag.h>
 #include <net/if.h>
 #include <pthread.h>
 #include <sched.h>
@@ -58,6 +67,7 @@
 #include "loader.h"
 #include "maps.h"
 #include "capture.skel.h"
+#include "flows.skel.h"
 #include "kubelet.skel.h"
 #include "survey.skel.h"
 
@@ -66,14 +76,19 @@
 #define CAPTURE_TABLE 100
 #define CAPTURE_RULE_PREF 32764
 
-static const char *const map_names[] = {"listeners", "engine_sk", "fates",    "own", "probes",
-                                        "asking",    "addresses", "counters", "pod"};
+static const char *const map_names[] = {"listeners", "engine_sk", "fates", "own",      "probes", "asking",
+                                        "addresses", "counters",  "pod",   "verdicts", "pending"};
 static const char *const program_names[] = {"out_eth", "in_eth", "in_lo", "out_lo", "steer"};
-static const char *const survey_names[] = {"note", "claim", "survey"}; /* loaded when needed */
+static const char *const survey_names[] = {"note", "claim", "survey", "adopt", "carry"}; /* loaded when needed */
 static const char *const node_names[] = {"link", "probe_syn", "probe_ports", "kubelet_counters", "probe_notes"};
 #define NODE "node" /* no pod's UID */
 #define NODE_PATH (PATH_MAX - 64)
-#define SHARED "probe_notes" /* the map that pods take from there */
+/* What vouched flows need of the node. */
+static const char *const vouch_names[] = {"vouched", "slots", "ended", "flows"};
+/* The maps that are the same in the layout before. */
+static const char *const kept_names[] = {"listeners", "engine_sk", "own", "asking", "addresses", "pod"};
+/* The maps that pods take from there. */
+static const char *const shared_names[] = {"probe_notes", "vouched", "slots", "ended"};
 
 static int fail(char *error, int code, const char *format, ...)
 {
@@ -540,7 +555,10 @@ static int pin_maps(struct bpf_object *object, const char *pins)
                 if (bpf_map__is_internal(map)) /* constants */
                         continue;
                 const char *name = bpf_map__name(map);
-                path_of(path, strcmp(name, SHARED) == 0 ? node : pins, name);
+                bool shared = false;
+                for (size_t i = 0; i < sizeof(shared_names) / sizeof(*shared_names); i++)
+                        shared |= strcmp(name, shared_names[i]) == 0;
+                path_of(path, shared ? node : pins, name);
                 int result = bpf_map__set_pin_path(map, path); /* load takes the map that is there, or pins a new one */
                 if (result < 0)
                         return result;
@@ -618,13 +636,121 @@ int capture_maps(const char *pins, int *listeners, int *engine_sk, char *error)
         return 0;
 }
 
-/* -- the survey --------------------------------------------------------------------------------------------------- */
-
 /* What an iterator saw: room for it grows as needed. */
 struct survey {
         struct capture_seen *seen;
         size_t n, room;
 };
+
+/* -- vouched flows --------------------------------------------------------------------------------------------------
+ */
+
+/* The node's iterator, if it is not there yet. */
+static int load_flows(const char *node)
+{
+        if (all_there(node, vouch_names, sizeof(vouch_names) / sizeof(*vouch_names)))
+                return 0;
+        struct flows_bpf *flows = flows_bpf__open();
+        int result = flows ? flows_bpf__load(flows) : -errno;
+        if (result == 0)
+                result = pin_programs(flows->obj, node);
+        flows_bpf__destroy(flows);
+        return result;
+}
+
+int capture_vouch(const char *pins, int fds[VOUCH_FDS], char *error)
+{
+        static const char *const names[VOUCH_FDS] = {"verdicts", "fates", "slots", "flows", "ended"};
+        char node[NODE_PATH];
+        libbpf_set_print(silent);
+        node_of(node, pins);
+        int result = load_flows(node);
+        if (result < 0)
+                return fail(error, result, "load the iterator of vouched flows (BTF of the kernel)");
+        for (int i = 0; i < VOUCH_FDS; i++) {
+                fds[i] = open_pin(i < 2 ? pins : node, names[i]);
+                if (fds[i] < 0) {
+                        result = fail(error, fds[i], "%s of %s", names[i], pins);
+                        while (--i >= 0)
+                                close(fds[i]);
+                        return result;
+                }
+        }
+        return 0;
+}
+
+static uint64_t now_ns(void)
+{
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+static int by_ends(const void *a, const void *b)
+{
+        return memcmp(a, b, offsetof(struct capture_seen, kind));
+}
+
+/* How many entries of a map of SYNs are older than that moment; takes them out where it is told to, but for those that
+ * have a socket (sorted by ends). */
+static int old_entries(const char *pins, const char *name, uint64_t before_ns, bool take, const struct survey *sockets)
+{
+        struct capture_tuple key, next;
+        struct capture_probe value;
+        int map = open_pin(pins, name), n = 0;
+        if (map < 0)
+                return map;
+        int most = VOUCH_MAX_NOTES + VOUCH_MAX_PENDING; /* who is asked while others change it may answer twice */
+        for (bool more = bpf_map_get_next_key(map, NULL, &next) == 0; more && most > 0; most--) {
+                struct capture_seen ends = {0};
+                key = next;
+                more = bpf_map_get_next_key(map, &key, &next) == 0;
+                if (bpf_map_lookup_elem(map, &key, &value) < 0 || value.when > before_ns)
+                        continue;
+                memcpy(&ends, &key, sizeof(key)); /* both begin with addresses and ports */
+                n++;
+                if (take &&
+                    !(sockets && sockets->n && bsearch(&ends, sockets->seen, sockets->n, sizeof(ends), by_ends)))
+                        bpf_map_delete_elem(map, &key);
+        }
+        close(map);
+        return n;
+}
+_Static_assert(offsetof(struct capture_seen, kind) == sizeof(struct capture_tuple),
+               "a tuple is how a capture_seen begins");
+
+int capture_sweep_notes(const char *node, char *error)
+{
+        int n = old_entries(node, "vouched", now_ns() - VOUCH_STALE_NS, true, NULL);
+        return n < 0 && n != -ENOENT ? fail(error, n, "map vouched in %s", node) : 0;
+}
+
+static int run_survey(const char *pins, const char *program, struct survey *s);
+
+int capture_sweep(const char *pins, int netns, char *error)
+{
+        struct survey s = {0};
+        uint64_t before_ns = now_ns() - KUBELET_NOTE_NS; /* by then it is a socket, unless the listener sends cookies */
+        int back, result = old_entries(pins, "pending", before_ns, false, NULL);
+        bool crowded = result > VOUCH_MAX_PENDING / 4; /* by connections that were reset at once: they make room */
+        libbpf_set_print(silent);
+        if (result == -ENOENT || result == 0)
+                return 0;
+        if (result > 0 && netns >= 0) {
+                if ((result = enter(netns, &back)) < 0)
+                        return fail(error, result, "enter the network namespace");
+                result = run_survey(pins, "adopt", &s);
+                leave(back);
+                if (s.n)
+                        qsort(s.seen, s.n, sizeof(*s.seen), by_ends);
+        }
+        if (result >= 0)
+                result = old_entries(pins, "pending", crowded ? before_ns : now_ns() - VOUCH_PENDING_NS, true, &s);
+        free(s.seen);
+        return result < 0 ? fail(error, result, "sweep the pending SYNs in %s", pins) : 0;
+}
+
+/* -- the survey --------------------------------------------------------------------------------------------------- */
 
 /* Runs an iterator inside the namespace. The caller frees s->seen, also after an error. */
 static int run_survey(const char *pins, const char *program, struct survey *s)
@@ -721,11 +847,6 @@ static int note_all(const char *pins, uint64_t since_us, char *error)
         else if (result < 0)
                 fail(error, result, "note the open connections");
         return result;
-}
-
-static int by_ends(const void *a, const void *b)
-{
-        return memcmp(a, b, offsetof(struct capture_seen, kind));
 }
 
 /* How many of a kind there are whose other end is in this namespace too, or is not. Sorts. */
@@ -907,6 +1028,13 @@ static const char *const counter_names[] = {
         [COUNT_IN_PROBE] = "to_application_probe",
         [COUNT_PROBE] = "probe",
         [COUNT_PROBE_FULL] = "probe_full",
+        [COUNT_VOUCHED] = "vouched",
+        [COUNT_VOUCH_FULL] = "vouch_full",
+        [COUNT_VOUCH_CUT] = "vouch_cut",
+        [COUNT_IN_VOUCHED] = "to_application_vouched",
+        [COUNT_VOUCH_UNTOLD] = "vouched_untold",
+        [COUNT_IN_LATE] = "vouched_late",
+        [COUNT_OUTSIDE] = "outside_vouched",
 };
 
 const char *capture_counter_name(int counter)
@@ -1000,6 +1128,7 @@ static void leave_node(const char *pins)
         if (!others) {
                 unlink_link(node);
                 unpin(node, node_names, sizeof(node_names) / sizeof(*node_names));
+                unpin(node, vouch_names, sizeof(vouch_names) / sizeof(*vouch_names));
                 rmdir(node);
         }
 }
@@ -1134,27 +1263,122 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
         return 0;
 }
 
+/* -- the layout before -------------------------------------------------------------------------------------------- */
+
+/* The fates of the sockets that are open. */
+static int carry_fates(const char *from, const char *pins)
+{
+        int fates = open_pin(from, "fates"), program = -1, link = -1, iterator = -1;
+        if (fates < 0)
+                return fates == -ENOENT ? 0 : fates;
+        int result = load_survey(pins);
+        if (result == 0 && (program = open_pin(pins, "carry")) < 0)
+                result = program;
+        union bpf_iter_link_info info = {.map = {.map_fd = (uint32_t)fates}};
+        LIBBPF_OPTS(bpf_link_create_opts, opts, .iter_info = &info, .iter_info_len = sizeof(info));
+        if (result == 0 && (link = bpf_link_create(program, 0, BPF_TRACE_ITER, &opts)) < 0)
+                result = -errno;
+        if (result == 0 && (iterator = bpf_iter_create(link)) < 0)
+                result = -errno;
+        char nothing[64];
+        ssize_t n = 0;
+        while (result == 0 && ((n = read(iterator, nothing, sizeof(nothing))) > 0 || (n < 0 && errno == EAGAIN)))
+                ;
+        if (n < 0)
+                result = -errno;
+        int fds[] = {iterator, link, program, fates};
+        for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++)
+                if (fds[i] >= 0)
+                        close(fds[i]);
+        return result;
+}
+
+/* Our program in the link of before, in one step. */
+static int take_link(const char *from, const char *pins)
+{
+        char path[PATH_MAX];
+        int link = open_pin(from, "link"), program = open_pin(pins, "steer"), result = program < 0 ? program : 0;
+        if (link >= 0 && result == 0) {
+                path_of(path, pins, "link");
+                if (bpf_link_update(link, program, NULL) < 0)
+                        result = errno == ENOLINK ? 0 : -errno; /* its namespace is gone */
+                else if ((unlink(path) < 0 && errno != ENOENT) || bpf_obj_pin(link, path) < 0)
+                        result = -errno;
+        } else if (link < 0 && link != -ENOENT) {
+                result = link;
+        }
+        if (link >= 0)
+                close(link);
+        if (program >= 0)
+                close(program);
+        return result;
+}
+
+int capture_upgrade(const char *from, const char *pins, char *error)
+{
+        char old[PATH_MAX], path[PATH_MAX], node[NODE_PATH];
+        struct capture_pod pod = {0};
+        libbpf_set_print(silent);
+        if (access(from, F_OK) < 0)
+                return errno == ENOENT ? 0 : fail(error, -errno, "directory %s", from);
+        node_of(node, pins);
+        int result = make_directories(node);
+        if (result == 0)
+                result = make_directories(pins);
+        for (size_t i = 0; i < sizeof(kept_names) / sizeof(*kept_names) && result == 0; i++) {
+                path_of(old, from, kept_names[i]);
+                path_of(path, pins, kept_names[i]);
+                if (link(old, path) < 0 && errno != EEXIST && errno != ENOENT)
+                        result = -errno;
+        }
+        if (result < 0)
+                return fail(error, result, "pins in %s", pins);
+        if (!all_pinned(pins) && (result = load(pins, error)) < 0)
+                return result;
+        if ((result = read_pod(pins, &pod)) < 0)
+                return fail(error, result, "map pod in %s", pins);
+        /* A pod that is strict has no connections that go on natively but probes that are under way. */
+        if (pod.mode != MODE_OFF && (result = carry_fates(from, pins)) < 0 && pod.mode != MODE_STRICT)
+                return fail(error, result, "the open connections of %s", from);
+        if ((result = take_link(from, pins)) < 0)
+                return fail(error, result, "sk_lookup of %s", from);
+        path_of(path, from, "link");
+        unlink(path);
+        unpin(from, survey_names, sizeof(survey_names) / sizeof(*survey_names));
+        unpin(from, program_names, sizeof(program_names) / sizeof(*program_names));
+        unpin(from, map_names, sizeof(map_names) / sizeof(*map_names));
+        if (rmdir(from) < 0 && errno != ENOENT)
+                return fail(error, -errno, "directory %s", from);
+        leave_node(from);
+        return 0;
+}
+
 struct trial {
         struct capture_bpf *capture;
         char *error;
         int result;
 };
 
-/* In a thread of its own, which takes its namespace and all that is in it along. */
+/* For a thread of its own, which takes its namespace and all that is in it along. */
+static int new_namespace(char *error)
+{
+        int result = 0;
+        if (unshare(CLONE_NEWNET) < 0)
+                return fail(error, -errno, "make a network namespace");
+        struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
+        int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &lo) < 0)
+                result = fail(error, -errno, "lo in a new network namespace");
+        if (fd >= 0)
+                close(fd);
+        return result;
+}
+
 static void *try_attach(void *arg)
 {
         struct trial *t = arg;
         struct bpf_object *object = t->capture->obj;
-        if (unshare(CLONE_NEWNET) < 0) {
-                t->result = fail(t->error, -errno, "make a network namespace");
-                return NULL;
-        }
-        struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP};
-        int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &lo) < 0)
-                t->result = fail(t->error, -errno, "lo in a new network namespace");
-        if (fd >= 0)
-                close(fd);
+        t->result = new_namespace(t->error);
         if (t->result == 0)
                 t->result = plumb(t->error);
         for (size_t i = 0; i < sizeof(filters) / sizeof(*filters) && t->result == 0; i++) {
@@ -1173,6 +1397,71 @@ static void *try_attach(void *arg)
         if (netns >= 0)
                 close(netns);
         return NULL;
+}
+
+/* Ends a connection that nobody else knows. */
+static void *try_destroy(void *arg)
+{
+        struct trial *t = arg;
+        struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)}, from;
+        socklen_t size = sizeof(at), from_size = sizeof(from);
+        struct {
+                struct nlmsghdr header;
+                struct inet_diag_req_v2 request;
+        } ask = {.header = {.nlmsg_len = sizeof(ask),
+                            .nlmsg_type = SOCK_DESTROY,
+                            .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK},
+                 .request = {.sdiag_family = AF_INET, .sdiag_protocol = IPPROTO_TCP, .idiag_states = ~0u}};
+        struct {
+                struct nlmsghdr header;
+                struct nlmsgerr error;
+        } answer = {0};
+        struct timeval limit = {.tv_sec = 5};
+        if ((t->result = new_namespace(t->error)) < 0)
+                return NULL;
+        int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        int client = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        int diag = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
+        if (listener < 0 || client < 0 || diag < 0 || bind(listener, (struct sockaddr *)&at, sizeof(at)) < 0 ||
+            listen(listener, 1) < 0 || getsockname(listener, (struct sockaddr *)&at, &size) < 0 ||
+            connect(client, (struct sockaddr *)&at, sizeof(at)) < 0 ||
+            getsockname(client, (struct sockaddr *)&from, &from_size) < 0) {
+                t->result = fail(t->error, -errno, "sockets in a new network namespace");
+        } else {
+                ask.request.id = (struct inet_diag_sockid){.idiag_sport = from.sin_port,
+                                                           .idiag_dport = at.sin_port,
+                                                           .idiag_src = {from.sin_addr.s_addr},
+                                                           .idiag_dst = {at.sin_addr.s_addr},
+                                                           .idiag_cookie = {INET_DIAG_NOCOOKIE, INET_DIAG_NOCOOKIE}};
+                setsockopt(diag, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+                if (send(diag, &ask, sizeof(ask), 0) < 0 || recv(diag, &answer, sizeof(answer), 0) < 0)
+                        t->result = -errno;
+                else if (answer.header.nlmsg_type == NLMSG_ERROR)
+                        t->result = answer.error.error;
+                if (t->result < 0)
+                        fail(t->error, t->result, "end a connection by sock_diag (CONFIG_INET_DIAG_DESTROY)");
+        }
+        int fds[] = {listener, client, diag};
+        for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++)
+                if (fds[i] >= 0)
+                        close(fds[i]);
+        return NULL;
+}
+
+int capture_native(char *error)
+{
+        pthread_t thread;
+        struct trial t = {.error = error};
+        libbpf_set_print(silent);
+        struct flows_bpf *flows = flows_bpf__open();
+        int result = flows ? flows_bpf__load(flows) : -errno;
+        flows_bpf__destroy(flows);
+        if (result < 0)
+                return fail(error, result, "load the iterator over socket storage (BTF of the kernel)");
+        if ((result = -pthread_create(&thread, NULL, try_destroy, &t)) < 0)
+                return fail(error, result, "start a thread");
+        pthread_join(thread, NULL);
+        return t.result;
 }
 
 static int probe_attach(char *error)

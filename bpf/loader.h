@@ -3,7 +3,7 @@
  * Loads the programs of one pod, attaches them in its network namespace, changes their mode, looks whether they are
  * still there.
  *
- * A pod's instance is named by its directory of pins (BPFDIR/v1/POD_UID, on a bpffs). All functions return 0 (or what
+ * A pod's instance is named by its directory of pins (BPFDIR/v2/POD_UID, on a bpffs). All functions return 0 (or what
  * is said) or -errno and then write one line into error (of CAPTURE_ERROR_LEN bytes). All are idempotent: a crash in
  * the middle is finished by the same call again. Those with a netns enter it in the calling thread and come back (the
  * process aborts if that fails): call them from a thread that has nothing else to do with namespaces. Not thread-safe
@@ -18,7 +18,8 @@
 
 /* cdef begin */
 #define CAPTURE_ERROR_LEN 512
-#define CAPTURE_LAYOUT "v1"
+#define CAPTURE_LAYOUT "v2"
+#define CAPTURE_FORMER "v1" /* the layout before, which capture_upgrade knows */
 
 /* What capture_verify finds missing. */
 #define CAPTURE_NO_PINS 1
@@ -34,8 +35,21 @@
 /* Loads programs and maps, pins them; attaches nothing. addresses: comma separated, both families; they replace those
  * from before. */
 int capture_prepare(const char *pins, const char *addresses, char *error);
+/* Takes over the instance that an agent of the layout before pinned in `from`: the maps that are the same in both
+ * layouts stay what they are, so the engine's sockets stay in service; sk_lookup's program is exchanged in one step;
+ * the pins of before go. Capture lets nothing through meanwhile. The tc filters are still the ones of before:
+ * capture_verify misses them, capture_set_mode exchanges them. Also where `from` is not there (any more). */
+int capture_upgrade(const char *from, const char *pins, char *error);
 /* The fds of `listeners` and `engine_sk`; the caller closes them. */
 int capture_maps(const char *pins, int *listeners, int *engine_sk, char *error);
+/* What the engine needs to vouch for flows: fds of `verdicts`, `fates`, the node's `slots`, iterator `flows` and
+ * `ended`; the caller closes them. Needs BTF of the kernel. */
+int capture_vouch(const char *pins, int fds[VOUCH_FDS], char *error);
+/* Gives accepted sockets that have said nothing their fate, and takes SYNs out that became no socket. netns -1: it is
+ * gone. */
+int capture_sweep(const char *pins, int netns, char *error);
+/* Takes notes out that nobody took; node: as below. */
+int capture_sweep_notes(const char *node, char *error);
 /* Attaches what is not attached, in the order that lets nothing through (strict) or breaks nothing (lenient), and sets
  * the mode (enum capture_mode: STRICT, LENIENT, DRAINING). To LENIENT: -EAGAIN while connections from before are half
  * open; call again. */
@@ -60,8 +74,11 @@ int capture_detach(const char *pins, int netns, const char *interface, char *err
 /* Tries thing number i that capture needs of the kernel, and takes it back: each program alone, then all attached in a
  * namespace made for it. -ERANGE: there is no thing i. name: what it is, for people. */
 int capture_probe(int i, const char **name, char *error);
+/* Tries what native flows need of the kernel beyond that, and takes it back: the iterator over socket storage, and
+ * SOCK_DESTROY (in a namespace made for it). */
+int capture_native(char *error);
 
-/* The kubelet exemption of the node, with pins in BPFDIR/v1/node. */
+/* The kubelet exemption of the node, with pins in BPFDIR/v2/node. */
 /* Attaches the program that notes probes to a cgroup2 directory. 1: it was not there, or in another directory. -EINVAL:
  * no cgroup2 directory, or its root. */
 int kubelet_attach(const char *node, const char *cgroup, char *error);

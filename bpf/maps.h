@@ -19,7 +19,16 @@
 #define KUBELET_NOTE_NS                                                                                                \
         1000000000ULL /* a note's life, and how long a SYN may take from the pod's door to its socket                  \
                        */
-#define KUBELET_REPLY_NS 30000000000ULL /* until when the application's socket must have sent its first packet */
+#define VOUCH_MAX_NOTES 4096
+#define VOUCH_MAX_SLOTS 8192
+#define VOUCH_MAX_VERDICTS 1024          /* of a pod */
+#define VOUCH_MAX_PENDING 2048           /* of a pod */
+#define VOUCH_ENDED_BYTES (512 * 1024)   /* of records of flows that ended: 9 000 */
+#define VOUCH_CUT_NS 1000000000ULL       /* how long the engine has to destroy the sockets of flows that it ends */
+#define VOUCH_FULL_NS 5000000000ULL      /* how long the engine has the pair after that */
+#define VOUCH_STALE_NS 5000000000ULL     /* a note's, until it is swept; worthless long before */
+#define VOUCH_PENDING_NS 120000000000ULL /* that of a SYN that became no socket: longer than any handshake */
+#define KUBELET_REPLY_NS 30000000000ULL  /* until when the application's socket must have sent its first packet */
 
 /* cdef begin */
 enum capture_slot { SLOT_OUTBOUND = 0, SLOT_INBOUND = 1, SLOT_HBONE = 2, SLOT_COUNT = 3 };
@@ -55,6 +64,13 @@ enum capture_counter {
         COUNT_IN_PROBE,       /* SYNs of the kubelet handed to the application */
         COUNT_PROBE,          /* outbound packets of the application's ends of probes */
         COUNT_PROBE_FULL,     /* a noted SYN that could not be remembered: clear text like any other */
+        COUNT_VOUCHED,        /* outbound packets of vouched flows, both ends */
+        COUNT_VOUCH_FULL,     /* no room for a note: the engine's */
+        COUNT_VOUCH_CUT,      /* outbound packets of flows whose allowance was withdrawn: turned around */
+        COUNT_IN_VOUCHED,     /* SYNs of vouched flows handed to the application */
+        COUNT_VOUCH_UNTOLD,   /* vouched flows that ended without room to say so: no line of their own in the log */
+        COUNT_IN_LATE,        /* of those, dropped: an old note, one withdrawn, or no room; the client repeats them */
+        COUNT_OUTSIDE,        /* SYNs to destinations outside the mesh that passed natively */
         COUNT_MAX
 };
 
@@ -75,13 +91,65 @@ enum capture_fate {
         FATE_CAPTURED = 2, /* turned around from its SYN on: never native again */
         FATE_NATIVE = 3,   /* opened natively (before the enrolment, or while draining) */
         FATE_PROBE = 4,    /* accepted from the kubelet: native in every mode */
+        FATE_VOUCHED = 5, /* between two pods of this node, or to a destination outside the mesh, allowed by the engine:
+                             native as long as its slot says so */
 };
 
 /* Value of `fates`. isn: of the SYN that opened it natively, so that its retransmission is told from a new connect of
- * the same socket. */
+ * the same socket. The rest: VOUCHED only. */
 struct capture_fated {
         __u32 fate;
         __u32 isn;
+        __u32 slot, generation;
+        __u32 next;     /* sequence number behind the last byte that was counted */
+        __u16 opened;   /* it is the end that opened it */
+        __u16 told;     /* that it has ended */
+        __u64 bytes;    /* sent by this end */
+        __u64 since;    /* CLOCK_MONOTONIC in ns */
+        __u64 received; /* by this end, where the other one is outside the mesh */
+};
+
+/* What a slot is for. */
+enum vouch_kind { VOUCH_FREE = 0, VOUCH_PAIR = 1, VOUCH_OUTSIDE = 2 };
+
+#define VOUCH_FDS 5 /* what an engine gets of a pod to vouch: loader.h, capture_vouch */
+
+/* An allowance's state: value of the node's `slots`. The engine writes the generation, the programs count. */
+struct vouch_slot {
+        /* read with each packet, written seldom */
+        __u32 generation; /* flows and notes of another one are worth nothing; 0: never given */
+        __u32 taken;      /* enum vouch_kind; an engine, this or an earlier one, has it: it is nobody else's */
+        __u64 full;       /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
+        __u64 cut;        /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
+        __u8 line0[40];
+        /* written by either end, on its own processor as likely as not: a cache line each */
+        __u64 opened, sent; /* connections; bytes of the end that opened */
+        __u8 line1[48];
+        __u64 received; /* bytes of the other */
+        __u8 line2[56];
+};
+
+/* Value of a pod's `verdicts`, which only the engine writes; key: struct capture_tuple with local_port 0. */
+struct vouch_verdict {
+        __u32 slot, generation;
+        __u64 until; /* CLOCK_MONOTONIC in ns */
+};
+
+/* What the iterator `flows` says of a vouched end. */
+struct vouch_flow {
+        __u8 local[16], remote[16];
+        __u16 local_port, remote_port; /* host order */
+        __u32 slot, generation, opened;
+        __u64 bytes, received, since, cookie; /* received: as in struct capture_fated */
+};
+
+/* A vouched flow that ends; record of the node's `ended`. sent: by the end that opened it. */
+struct vouch_ended {
+        __u32 slot, generation;
+        __u16 port;  /* of the end that opened it, host order */
+        __u16 reset; /* by a reset, not in order */
+        __u32 reserved;
+        __u64 sent, received, since, when; /* since, when: CLOCK_MONOTONIC in ns */
 };
 
 /* What the survey (survey.bpf.c) says of each TCP socket of the namespace. */
@@ -111,12 +179,13 @@ struct capture_tuple {
         __u16 local_port, remote_port;
 };
 
-/* A SYN of the kubelet: value of `probe_notes` (between the kubelet's socket and the pod's door) and of `probes` (from
- * there on). */
+/* A noted SYN: of the kubelet in `probe_notes`, of a vouched flow in `vouched` (between the socket that sends it and
+ * the pod's door); in `probes` and `pending` from there on. */
 struct capture_probe {
         __u32 isn;
-        __u32 open; /* `probes`: the SYN at the door was the noted one; 2: counted. 0: another SYN of its tuple came */
-        __u64 when; /* CLOCK_MONOTONIC in ns */
+        __u32 open;             /* at the door it was the noted one; 2: counted. 0: another SYN of its tuple came */
+        __u64 when;             /* CLOCK_MONOTONIC in ns */
+        __u32 slot, generation; /* vouched */
 };
 
 /* Key of `probe_ports`: a port of an enrolled pod that its declared probes ask, host order; port 0 stands for the pod.

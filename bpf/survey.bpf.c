@@ -3,16 +3,21 @@
  * Which TCP sockets a network namespace has: iterators over all of them, in an object of their own because they need
  * the kernel's BTF.
  *
- * `note` gives each socket that has no fate and is not the engine's the fate NOTED (bpf/capture.bpf.c asks at its next
- * packet whether the engine holds the other end); `claim` gives them the fate CAPTURED; `survey` only looks. All write
- * a struct capture_seen for each socket.
+ * `adopt` gives those that were accepted from a vouched client and have sent nothing yet their fate, so that their SYN
+ * need not be remembered longer. `note` gives each socket that has no fate and is not the engine's the fate NOTED
+ * (bpf/capture.bpf.c asks at its next packet whether the engine holds the other end); `claim` gives them the fate
+ * CAPTURED; `survey` only looks. All write a struct capture_seen for each socket.
+ *
+ * `carry` is for another layout of the pins: what the map of fates says that whoever asks names, `fates` says too.
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include <stdbool.h>
+#include "kernel.h"
 #include "maps.h"
+#include "shared.h"
 
 #define AF_INET 2
 #define TCP_SYN_SENT 2
@@ -23,91 +28,41 @@
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
-/* The kernel's own types, as far as they are read here; CO-RE finds the offsets. */
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-struct in6_addr_words {
-        __u8 u6_addr8[16];
-};
-struct in6_addr {
-        union {
-                __u8 u6_addr8[16];
-        } in6_u;
-};
-struct sock_common {
-        __be32 skc_daddr, skc_rcv_saddr;
-        __be16 skc_dport;
-        __u16 skc_num;
-        unsigned short skc_family;
-        volatile unsigned char skc_state;
-        struct in6_addr skc_v6_daddr, skc_v6_rcv_saddr;
-};
-struct sock {
-        struct sock_common __sk_common;
-};
-struct inet_connection_sock {
-        int dummy;
-};
-struct tcp_sock {
-        __u32 snd_una, rcv_nxt;
-        __u64 bytes_received;
-};
-struct tcp_request_sock {
-        __u64 snt_synack;
-};
-struct seq_file {
-        int dummy;
-};
-struct bpf_iter_meta {
-        struct seq_file *seq;
-        __u64 session_id, seq_num;
-};
-struct bpf_iter__tcp {
-        struct bpf_iter_meta *meta;
-        struct sock_common *sk_common;
-        __u32 uid;
-};
-#pragma clang attribute pop
+struct map_of_engine_sk engine_sk SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-        __uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
-        __type(key, int);
-        __type(value, __u32);
-} engine_sk SEC(".maps");
+struct map_of_fates fates SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_SK_STORAGE);
-        __uint(map_flags, BPF_F_NO_PREALLOC);
-        __type(key, int);
-        __type(value, struct capture_fated);
-} fates SEC(".maps");
+struct map_of_probes probes SEC(".maps");
 
-struct {
-        __uint(type, BPF_MAP_TYPE_LRU_HASH);
-        __uint(max_entries, CAPTURE_MAX_PROBES);
-        __type(key, struct capture_tuple);
-        __type(value, struct capture_probe);
-} probes SEC(".maps");
+struct map_of_pending pending SEC(".maps");
 
-static __always_inline void mapped(__u8 *to, __u32 ip4)
-{
-        __builtin_memset(to, 0, 10);
-        to[10] = to[11] = 0xff;
-        __builtin_memcpy(to + 12, &ip4, 4);
-}
-
-/* Accepted from the kubelet, and has sent nothing yet: capture.bpf.c, accepted_probe. */
-static __always_inline bool is_probe(struct capture_seen *seen, struct tcp_sock *tcp)
+/* Accepted from the kubelet or from a vouched client, and has sent nothing yet: capture.bpf.c, accepted. */
+static __always_inline bool accepted(struct capture_seen *seen, struct tcp_sock *tcp, struct capture_fated *now)
 {
         struct capture_tuple t = {.local_port = seen->local_port, .remote_port = seen->remote_port};
         __builtin_memcpy(t.local, seen->local, 16);
         __builtin_memcpy(t.remote, seen->remote, 16);
-        struct capture_probe *probe = bpf_map_lookup_elem(&probes, &t);
-        return probe && bpf_ktime_get_ns() - probe->when < KUBELET_REPLY_NS &&
-               tcp->rcv_nxt - (__u32)tcp->bytes_received == probe->isn + 1;
+        struct capture_probe *probe = bpf_map_lookup_elem(&probes, &t), *vouch = bpf_map_lookup_elem(&pending, &t);
+        /* A FIN counts one more; who has sent nothing has not acknowledged one. */
+        __u32 began = tcp->rcv_nxt - (__u32)tcp->bytes_received;
+        if (probe && bpf_ktime_get_ns() - probe->when < KUBELET_REPLY_NS && began == probe->isn + 1) {
+                now->fate = FATE_PROBE;
+                return true;
+        }
+        if (vouch && began == vouch->isn + 1) {
+                now->fate = FATE_VOUCHED;
+                now->slot = vouch->slot;
+                now->generation = vouch->generation;
+                now->next = tcp->snd_nxt;
+                now->since = vouch->when;
+                bpf_map_delete_elem(&pending, &t);
+                return true;
+        }
+        return false;
 }
 
-static __always_inline int look(struct bpf_iter__tcp *ctx, __u32 fate)
+/* fate 0: none is given but to those that were accepted. */
+static __always_inline int look(struct bpf_iter__tcp *ctx, __u32 fate, bool adopts)
 {
         struct sock_common *sk = ctx->sk_common;
         struct capture_seen seen = {.kind = KIND_OTHER};
@@ -140,15 +95,16 @@ static __always_inline int look(struct bpf_iter__tcp *ctx, __u32 fate)
                         seen.kind = KIND_ENGINE;
                 } else {
                         struct capture_fated *fated = bpf_sk_storage_get(&fates, tcp, 0, 0);
-                        if (!fated && fate) {
-                                struct capture_fated noted = {.fate = fate};
-                                if (seen.state == TCP_SYN_SENT)
-                                        noted.isn = tcp->snd_una;
-                                if (is_probe(&seen, tcp))
-                                        noted.fate = FATE_PROBE;
+                        struct capture_fated noted = {.fate = fate};
+                        if (!fated && seen.state == TCP_SYN_SENT)
+                                noted.isn = tcp->snd_una;
+                        if (!fated && adopts)
+                                accepted(&seen, tcp, &noted);
+                        if (!fated && noted.fate) {
                                 fated = bpf_sk_storage_get(&fates, tcp, &noted, BPF_SK_STORAGE_GET_F_CREATE);
                         }
-                        if (fated && fated->fate != FATE_CAPTURED && fated->fate != FATE_PROBE)
+                        if (fated && fated->fate != FATE_CAPTURED && fated->fate != FATE_PROBE &&
+                            fated->fate != FATE_VOUCHED)
                                 seen.kind = KIND_OLD;
                 }
         }
@@ -159,17 +115,42 @@ static __always_inline int look(struct bpf_iter__tcp *ctx, __u32 fate)
 SEC("iter/tcp")
 int note(struct bpf_iter__tcp *ctx)
 {
-        return look(ctx, FATE_NOTED);
+        return look(ctx, FATE_NOTED, true);
 }
 
 SEC("iter/tcp")
 int claim(struct bpf_iter__tcp *ctx)
 {
-        return look(ctx, FATE_CAPTURED);
+        return look(ctx, FATE_CAPTURED, true);
 }
 
 SEC("iter/tcp")
 int survey(struct bpf_iter__tcp *ctx)
 {
-        return look(ctx, 0);
+        return look(ctx, 0, false);
+}
+
+SEC("iter/tcp")
+int adopt(struct bpf_iter__tcp *ctx)
+{
+        return look(ctx, 0, true);
+}
+
+/* A fate as layout v1 has it. */
+struct former_fated {
+        __u32 fate, isn;
+};
+
+SEC("iter/bpf_sk_storage_map")
+int carry(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+        struct sock *sk = ctx->sk;
+        struct former_fated *was = ctx->value;
+        struct capture_fated now = {};
+        if (!sk || !was)
+                return 0;
+        now.fate = was->fate;
+        now.isn = was->isn;
+        bpf_sk_storage_get(&fates, sk, &now, BPF_SK_STORAGE_GET_F_CREATE);
+        return 0;
 }

@@ -1,8 +1,16 @@
-"""Rules for every test: in CI a skipped test is a failed test."""
+"""Rules for every test: in CI a skipped test is a failed test; what concerns connections between two pods of a node
+runs with acceleration off and on.
+"""
 
 import os
 
 import pytest
+
+
+@pytest.fixture(scope="session", params=["direct", "native"])
+def same_node(request: pytest.FixtureRequest) -> str:
+    """The setting of that name. Whoever asks for it, a test or the world it lives in, runs twice."""
+    return str(request.param)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -16,7 +16,7 @@ ffi.set_source(
     libraries=["ssl", "crypto", "nghttp2", "pthread"],
     define_macros=[("_GNU_SOURCE", None)],
     extra_compile_args=["-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fstack-protector-strong"],
-    depends=sorted(f"tunnel/{path.name}" for path in HERE.glob("*.h")),
+    depends=["bpf/maps.h", *sorted(f"tunnel/{path.name}" for path in HERE.glob("*.h"))],
 )
 
 if __name__ == "__main__":

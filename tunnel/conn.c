@@ -33,15 +33,17 @@
 #include "conn.h"
 #include "denial.h"
 #include "hbone.h"
+#include "intern.h"
 #include "pod.h"
 #include "rbac.h"
+#include "vouch.h"
 
 #define TURN_BYTES (1 << 20)
 #define STREAM_QUEUE (16 * FRAME_PAYLOAD) /* read ahead of a stream that cannot be written: whole frames */
 #define FRONT 16                          /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
 #define REVIEW_TURN 1024 /* decisions in one turn of the loop, about a millisecond */
-#define REVIEW_CUT 16    /* decisions that a reset costs as much as */
+#define REVIEW_CUT 16    /* decisions that a reset, or a line in the log, costs as much as */
 
 _Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into the scratch buffer");
 
@@ -347,6 +349,22 @@ static int connect_application(struct flow *f, struct pod *in, const struct endp
 
 static void decide(struct flow *f);
 
+/* The next connections of this pod to a destination outside the mesh need no engine. What would want to have a say (a
+ * waypoint on the destination or its service, an unknown address of the cluster) is no plain route. */
+static void vouch_for_outside(struct flow *f, const struct workload *own, const struct route *r)
+{
+        const struct identity *mine = worker_identity(f->w, f->pod->identity);
+        if (!mine || !vouch_leaves_mesh(r, &f->dst) || !pod_has(f->pod, &f->src.addr))
+                return;
+        struct vouch_outside what = {.source = f->pod,
+                                     .src = f->src.addr,
+                                     .dst = f->dst,
+                                     .src_workload = own,
+                                     .route = r,
+                                     .until_s = mine->not_after_s};
+        vouch_allow_outside(f->w->engine->vouch, f->w, &what);
+}
+
 static void go_plain(struct flow *f, const struct workload *own, const struct route *r)
 {
         count_open(f, EVENT_SOURCE, own, r->dst, NULL, r->dst ? r->dst->identity : NULL, false);
@@ -362,6 +380,7 @@ static void go_plain(struct flow *f, const struct workload *own, const struct ro
         timer_set(f->w, &f->timer, TIMER_FLOW, TIMER_10S);
         if (loop_watch(f->w, &f->b.io) < 0)
                 flow_reset(f, FLAG_CONNECT, "epoll");
+        vouch_for_outside(f, own, r);
 }
 
 /* -- may it ------------------------------------------------------------------------------------------------------- */
@@ -405,11 +424,32 @@ static void denied(struct flow *f, const struct pod *at, const struct workload *
         f->policy = NULL;
 }
 
+/* A dry run (NULL: none) would have denied it. Counted and logged when that is news: once for a connection, not for
+ * each change that has it judged anew. Returns whether it is. */
+static bool dry_ran(struct flow *f, const struct workload *dst, const char *policy)
+{
+        struct worker *w = f->w;
+        char src[ENDPOINT_STRLEN], to[ENDPOINT_STRLEN];
+        const char *who = caller(f);
+        uint64_t which = policy ? hash_bytes(policy, strlen(policy), 0) | 1 : 0;
+        bool news = which && which != f->dry_run;
+        f->dry_run = which;
+        if (!news)
+                return false;
+        denials_dry_run(w->engine->denials, policy, dst);
+        if (event_log_room(w->engine->event, w->ev))
+                event_log(w->engine->event, w->ev, "info",
+                          "dry run would deny src.addr=%s%s%.255s%s dst.addr=%s dst.workload=\"%.255s\" "
+                          "dst.namespace=\"%.255s\" policy=\"%.255s\"",
+                          endpoint_format(&f->src, src), who ? " src.identity=\"" : "", who ? who : "", who ? "\"" : "",
+                          endpoint_format(&f->app, to), dst->name, dst->namespace_, policy);
+        return true;
+}
+
 /* It was let in: it stays on the seat's list as long as it lives. */
 static void let_in(struct flow *f, struct seat *seat, const struct workload *dst, const struct rbac_verdict *v)
 {
-        if (v->dry_run)
-                denials_dry_run(f->w->engine->denials, v->dry_run, dst);
+        dry_ran(f, dst, v->dry_run);
         if (f->state == FLOW_DEAD)
                 return;
         f->epoch = seat->epoch;
@@ -452,7 +492,7 @@ static unsigned judge_anew(struct flow *f, struct seat *seat, struct memo *memo)
         if (v.allow || v.reason == RBAC_NOT_RECEIVED || (!dst && v.reason != RBAC_DENIED)) {
                 f->epoch = seat->epoch;
                 link_add(&seat->judged, &f->judged);
-                return 1;
+                return dst && v.allow && dry_ran(f, dst, v.dry_run) ? REVIEW_CUT : 1;
         }
         denied(f, seat->pod, dst, &v, true);
         return REVIEW_CUT;
@@ -518,6 +558,28 @@ static void note_complete(struct worker *w, struct pod *p)
                 atomic_store(&p->complete, true);
 }
 
+/* The next connections of this pair need no engine. Only what was addressed to the pod itself: a Service's address is
+ * translated after the source's programs have seen it. */
+static void vouch_for(struct flow *f, const struct workload *own, const struct route *r)
+{
+        struct worker *w = f->w;
+        const struct identity *mine = worker_identity(w, f->pod->identity),
+                              *theirs = worker_identity(w, f->target->identity);
+        if (*r->service_host || f->dst.port != r->target.port || !addr_equal(&f->dst.addr, &r->target.addr) ||
+            !pod_has(f->pod, &f->src.addr) || f->dst.port == HBONE_PORT || pod_owns_port(f->target, f->dst.port) ||
+            !mine || !theirs || !atomic_load(&f->target->complete))
+                return;
+        struct vouch_pair pair = {.source = f->pod,
+                                  .target = f->target,
+                                  .src = f->src.addr,
+                                  .dst = f->dst,
+                                  .src_workload = own,
+                                  .dst_workload = r->dst,
+                                  .until_s = mine->not_after_s < theirs->not_after_s ? mine->not_after_s
+                                                                                     : theirs->not_after_s};
+        vouch_allow(w->engine->vouch, w, &pair);
+}
+
 static void go_local(struct flow *f, struct seat *near, const struct workload *own, const struct route *r,
                      const struct rbac_verdict *verdict)
 {
@@ -538,6 +600,8 @@ static void go_local(struct flow *f, struct seat *near, const struct workload *o
         if (result < 0)
                 flow_reset(f, FLAG_CONNECT, strerror(-result));
         let_in(f, near, r->dst, verdict);
+        if (!verdict->dry_run)
+                vouch_for(f, own, r);
 }
 
 static void go_hbone(struct flow *f, const struct workload *own, const struct route *r, struct identity *i)
@@ -567,10 +631,12 @@ static bool expects(const struct route *r, const char *identity)
 }
 
 /* The other pod of this node that it goes to. Only what is really that pod: its address, and an identity that the
- * record allows. The rest is for TLS to find out. */
+ * record allows. The rest is for TLS to find out, and what goes from one family to the other for a tunnel: it has an
+ * address of the pod's own in that family, where this way has only the client's. */
 static struct seat *near_of(struct flow *f, const struct route *r)
 {
-        if (r->kind != ROUTE_HBONE || atomic_load(&f->w->engine->same_node_mtls))
+        if (r->kind != ROUTE_HBONE || atomic_load(&f->w->engine->same_node_mtls) ||
+            addr_is_v4(&r->target.addr) != addr_is_v4(&f->src.addr))
                 return NULL;
         struct seat *seat = seat_of_workload(f->w, r->dst->uid);
         return seat && pod_has(seat->pod, &r->target.addr) && expects(r, seat->pod->identity) ? seat : NULL;
@@ -749,6 +815,8 @@ static void accepted(struct worker *w, struct listener *l, int fd, const struct 
                 wrong = "own_port";
         else if (l->role == ROLE_INBOUND && pod_tuple_is_own(p, peer))
                 wrong = "own_tuple";
+        else if (l->role == ROLE_INBOUND && vouch_is_late(w->engine->vouch, &peer->addr, &local))
+                wrong = "late_vouched";
         if (wrong) {
                 struct linger reset = {1, 0};
                 event_refused(w->ev, wrong);

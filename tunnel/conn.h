@@ -60,6 +60,7 @@ struct flow {
         uint64_t told_sent, told_received;           /* of these, what the counters have */
         struct event_set *set[2];                    /* source's, destination's view */
         const char *policy;                          /* that ends it; NULL unless it is ending */
+        uint64_t dry_run;                            /* which one it was last told that it denies; a hash, 0: none */
 };
 
 static inline struct side *side_of(struct io *io)

@@ -258,11 +258,6 @@ static void match_list(struct text *t, const struct policy_record *p, enum polic
 
 static void match(struct text *t, const struct policy_record *p, const struct policy_match *m)
 {
-        static const char *const names[LISTS] = {
-                "namespaces",       "notNamespaces",       "principals",      "notPrincipals",
-                "sourceIps",        "notSourceIps",        "destinationIps",  "notDestinationIps",
-                "destinationPorts", "notDestinationPorts", "serviceAccounts", "notServiceAccounts",
-        };
         bool any = false;
         raw(t, "{");
         for (unsigned i = 0; i < LISTS; i++) {
@@ -270,7 +265,7 @@ static void match(struct text *t, const struct policy_record *p, const struct po
                         continue;
                 comma(t, any);
                 any = true;
-                quoted(t, names[i]);
+                quoted(t, policy_list_names[i]);
                 raw(t, ":");
                 match_list(t, p, (enum policy_list)(i & ~1u), m->lists[i]);
         }

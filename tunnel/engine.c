@@ -24,6 +24,7 @@
 #include "pod.h"
 #include "rbac.h"
 #include "state.h"
+#include "vouch.h"
 
 #define MAX_WORKERS 8
 #define DEFAULT_WORKERS 4
@@ -59,8 +60,12 @@ int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg)
         atomic_init(&t->fds, 64);
         t->denials = denials_new();
         if ((result = netns_remember()) < 0 || (result = mesh_new(&t->mesh, t->nworkers)) < 0 ||
-            (result = event_new(&t->event, t->nworkers, cfg->log_fd)) < 0)
+            (result = event_new(&t->event, t->nworkers + 1, cfg->log_fd)) < 0) /* the last: what no worker counts */
                 goto fail;
+        if (!(t->vouch = vouch_new(t))) {
+                result = -ENOMEM;
+                goto fail;
+        }
         for (unsigned i = 0; i < t->nworkers; i++)
                 if ((result = loop_start(&t->workers[i], t, i)) < 0) {
                         /* workers that run hold t: there is no way back from here but out */
@@ -71,6 +76,7 @@ int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg)
         *out = t;
         return 0;
 fail:
+        vouch_free(t->vouch);
         if (t->event)
                 event_free(t->event);
         if (t->mesh)
@@ -80,10 +86,26 @@ fail:
         return result;
 }
 
+static void wake_reader(void *arg, unsigned reader)
+{
+        struct tunnel *t = arg;
+        loop_wake(&t->workers[reader]);
+}
+
+/* Waits until every worker decides by the newest state, and nothing native is against it. */
+static int in_force(struct tunnel *t)
+{
+        int result = mesh_sync(t->mesh, wake_reader, t);
+        vouch_review(t->vouch); /* after the workers: what they allowed by an older state is among it */
+        return result;
+}
+
 int tunnel_settings(struct tunnel *t, const struct tunnel_settings *s)
 {
         atomic_store(&t->same_node_mtls, s->same_node_mtls);
-        return mesh_settings(t->mesh, s);
+        vouch_enable(t->vouch, s->same_node_native && !s->same_node_mtls);
+        int result = mesh_settings(t->mesh, s);
+        return result < 0 ? result : in_force(t);
 }
 
 /* -- identities --------------------------------------------------------------------------------------------------- */
@@ -182,6 +204,7 @@ int tunnel_identity_del(struct tunnel *t, const char *identity)
         if (!uri)
                 return -ENOMEM;
         int result = loop_all(t, mail_identity_gone, uri);
+        vouch_identity_gone(t->vouch, uri);
         unshelve(&t->identities, identity);
         if (result == 0)
                 free(uri);
@@ -347,6 +370,8 @@ static void mail_pod_gone(struct worker *w, void *arg)
 static int pod_remove(struct tunnel *t, struct pod *p)
 {
         int result = loop_all(t, mail_pod_gone, p);
+        vouch_pod_gone(t->vouch, p);
+        vouch_idle(t->vouch);
         link_remove(&p->link);
         if (result == 0)
                 pod_unref(p);
@@ -354,7 +379,7 @@ static int pod_remove(struct tunnel *t, struct pod *p)
 }
 
 int tunnel_pod_add(struct tunnel *t, const struct tunnel_pod *d, int netns, int listeners, int engine_sk,
-                   struct tunnel_ports *ports)
+                   const int *vouch, struct tunnel_ports *ports)
 {
         struct pod *p = pod_find(t, d->uid);
         char why[128] = "";
@@ -362,11 +387,14 @@ int tunnel_pod_add(struct tunnel *t, const struct tunnel_pod *d, int netns, int 
         if (p && p->netns_cookie == d->netns_cookie && strcmp(p->identity, d->identity) == 0) {
                 /* the maps may be new ones: agents load programs anew when pins were lost */
                 atomic_store(&p->mode, TUNNEL_SERVING);
-                if ((result = pod_revive(p, listeners, engine_sk, t->nworkers)) < 0)
+                if ((result = pod_revive(p, listeners, engine_sk, t->nworkers)) < 0 ||
+                    (vouch && (result = vouch_pod(t->vouch, p, vouch)) < 0))
                         return result;
                 *ports = p->ports;
                 return 0;
         }
+        if (p)
+                vouch_pod_cut(t->vouch, p);
         if (p && (result = pod_remove(t, p)) < 0)
                 return result;
         if ((result = pod_new(&p, d, netns, listeners, engine_sk)) < 0)
@@ -379,7 +407,7 @@ int tunnel_pod_add(struct tunnel *t, const struct tunnel_pod *d, int netns, int 
         if ((result = loop_all(t, mail_pod, p)) < 0)
                 return result; /* a stuck worker: p stays with those that have it */
         link_add(&t->pods, &p->link);
-        if ((result = pod_serve(p)) < 0) {
+        if ((result = pod_serve(p)) < 0 || (vouch && (result = vouch_pod(t->vouch, p, vouch)) < 0)) {
                 pod_remove(t, p);
                 return result;
         }
@@ -396,6 +424,7 @@ int tunnel_pod_mode(struct tunnel *t, const char *uid, int mode)
                 return -EINVAL;
         atomic_store(&p->mode, mode);
         if (mode == TUNNEL_DRAINING) {
+                vouch_pod_draining(t->vouch, p);
                 struct timespec now;
                 clock_gettime(CLOCK_MONOTONIC, &now);
                 atomic_store(&p->last_ms, (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000);
@@ -426,12 +455,6 @@ int tunnel_pod_stats(struct tunnel *t, const char *uid, struct tunnel_pod_stats 
 
 /* -- state -------------------------------------------------------------------------------------------------------- */
 
-static void wake_reader(void *arg, unsigned reader)
-{
-        struct tunnel *t = arg;
-        loop_wake(&t->workers[reader]);
-}
-
 int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len)
 {
         const int needed = F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW;
@@ -448,7 +471,14 @@ int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len)
                 return -errno;
         int result = mesh_apply(t->mesh, batch, (size_t)st.st_size, report, report_len);
         munmap(batch, (size_t)st.st_size);
-        return result < 0 ? result : mesh_sync(t->mesh, wake_reader, t);
+        return result < 0 ? result : in_force(t);
+}
+
+int tunnel_whole(struct tunnel *t)
+{
+        if (!atomic_exchange(&t->whole, true))
+                vouch_review(t->vouch);
+        return 0;
 }
 
 void tunnel_counts(struct tunnel *t, struct tunnel_counts *out)
@@ -472,6 +502,7 @@ static void mail_count(struct worker *w, void *arg)
 int tunnel_metrics(struct tunnel *t, int fd)
 {
         int result = loop_all(t, mail_count, NULL);
+        vouch_count(t->vouch);
         if (result == 0)
                 result = event_metrics(t->event, fd);
         return result < 0 ? result : denials_metrics(t->denials, fd);
@@ -539,6 +570,22 @@ static void dump_flow(struct dump *d, const struct flow *f)
         fprintf(d->out, ",\"tls\":%s,\"bytes_sent\":%llu,\"bytes_recv\":%llu,\"age_ms\":%llu}",
                 f->by_hbone ? "true" : "false", (unsigned long long)(out ? f->sent : f->received),
                 (unsigned long long)(out ? f->received : f->sent), (unsigned long long)(f->w->now_ms - f->opened_ms));
+}
+
+static void dump_vouched(void *arg, const struct vouch_seen *f)
+{
+        struct dump *d = arg;
+        char text[ENDPOINT_STRLEN];
+        comma(d);
+        fprintf(d->out, "{\"pod\":\"%s/%s\",\"direction\":\"%s\",\"state\":\"open\",", f->namespace_, f->pod,
+                f->inbound ? "inbound" : "outbound");
+        json_text(d->out, "src", endpoint_format(&f->src, text));
+        fputc(',', d->out);
+        json_text(d->out, "dst", endpoint_format(&f->dst, text));
+        fputs(",\"hop\":\"\",\"protocol\":\"native\",", d->out);
+        json_text(d->out, "identity_peer", f->identity_peer);
+        fprintf(d->out, ",\"service\":\"\",\"tls\":false,\"bytes_sent\":%llu,\"bytes_recv\":%llu,\"age_ms\":%llu}",
+                (unsigned long long)f->sent, (unsigned long long)f->received, (unsigned long long)f->age_ms);
 }
 
 static void dump_tun(struct dump *d, const struct tun *t)
@@ -647,6 +694,10 @@ int tunnel_dump(struct tunnel *t, const char *what, int fd)
         fputc('[', d.out);
         if (flows || tunnels)
                 result = loop_all(t, mail_dump, &d);
+        if (flows)
+                vouch_each(t->vouch, dump_vouched, &d);
+        else if (tunnels)
+                ;
         else if (pods)
                 dump_pods(t, &d);
         else
@@ -660,6 +711,7 @@ int tunnel_dump(struct tunnel *t, const char *what, int fd)
 /* -- why ----------------------------------------------------------------------------------------------------------- */
 
 #define AUTHZ_POLICIES 256
+#define AUTHZ_RULES 32 /* of one policy */
 
 /* "IP", "IP:PORT", "[IP]:PORT"; port 0 where there is none. */
 static int parse_endpoint(const char *text, struct endpoint *out)
@@ -700,7 +752,25 @@ static int parse_endpoint(const char *text, struct endpoint *out)
 struct answer {
         struct dump d;
         size_t most; /* bytes */
+        const struct rbac_request *asked;
 };
+
+/* Why it does not match: for each rule the lists that stand in the way. Half of the room is kept for names. */
+static void explain_missed(const struct answer *a, const struct policy_record *p)
+{
+        FILE *out = a->d.out;
+        fputs(",\"missed\":[", out);
+        for (unsigned r = 0; r < p->nrules && r < AUTHZ_RULES && (size_t)ftell(out) < a->most / 2; r++) {
+                unsigned missed = rbac_missed(p, r, a->asked), some = 0;
+                fputs(r ? ",[" : "[", out);
+                for (unsigned list = 0; list <= LISTS; list++)
+                        if (missed & 1u << list)
+                                fprintf(out, "%s\"%s\"", some++ ? "," : "",
+                                        list < LISTS ? policy_list_names[list] : "nothing");
+                fputc(']', out);
+        }
+        fputc(']', out);
+}
 
 /* One more of the list, where it fits. */
 static void explain(void *arg, const struct policy_record *p, int rule)
@@ -712,8 +782,11 @@ static void explain(void *arg, const struct policy_record *p, int rule)
         comma(&a->d);
         fputc('{', out);
         json_text(out, "name", p->r.name);
-        fprintf(out, ",\"action\":\"%s\",\"dry_run\":%s,\"matched\":%s,\"rule\":%d}", p->deny ? "Deny" : "Allow",
+        fprintf(out, ",\"action\":\"%s\",\"dry_run\":%s,\"matched\":%s,\"rule\":%d", p->deny ? "Deny" : "Allow",
                 p->dry_run ? "true" : "false", rule < 0 ? "false" : "true", rule);
+        if (rule < 0)
+                explain_missed(a, p);
+        fputc('}', out);
 }
 
 int tunnel_authz(struct tunnel *t, const char *identity, const char *source, const char *destination, char *out,
@@ -735,7 +808,7 @@ int tunnel_authz(struct tunnel *t, const char *identity, const char *source, con
                 char ip[ENDPOINT_STRLEN];
                 snprintf(reason, sizeof(reason), "no workload at %s", addr_format(&request.destination.addr, ip));
         }
-        struct answer a = {.d.out = open_memstream(&text, &len), .most = out_len};
+        struct answer a = {.d.out = open_memstream(&text, &len), .most = out_len, .asked = &request};
         if (!a.d.out)
                 return -ENOMEM;
         fprintf(a.d.out, "{\"allow\":%s,\"rule\":%d,", verdict.allow ? "true" : "false", verdict.rule);
@@ -770,6 +843,7 @@ void tunnel_free(struct tunnel *t)
                                 unshelve(&t->workers[i].identities[h],
                                          container(t->workers[i].identities[h].next, struct held_identity, link)
                                                  ->identity->uri);
+        vouch_free(t->vouch);
         mesh_free(t->mesh);
         event_free(t->event);
         denials_free(t->denials);

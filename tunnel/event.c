@@ -105,6 +105,16 @@ static const struct {
         [EV_BUFFERED_BYTES] = {"sidestep_buffered_bytes", "gauge", "Bytes buffered for streams."},
         [EV_SAME_NODE] = {"sidestep_same_node_connections_total", "counter",
                           "Connections between two pods of this engine without TLS."},
+        [EV_VOUCHED] = {"sidestep_vouched_pairs_total", "counter",
+                        "Pairs of pods of this node that were allowed to talk natively."},
+        [EV_VOUCH_FULL] = {"sidestep_vouched_full_total", "counter",
+                           "Pairs that stay with the engine because a table was full."},
+        [EV_OUTSIDE] = {"sidestep_vouched_outside_total", "counter",
+                        "Destinations outside the mesh that a pod was allowed to reach natively."},
+        [EV_OUTSIDE_FULL] =
+                {"sidestep_vouched_outside_full_total", "counter",
+                 "Connections after which a destination stays with the engine: the pod, or the node, has as "
+                 "many as it may."},
 };
 
 struct event_set {
@@ -234,7 +244,7 @@ static void side(const char *values[L_LABELS], const struct workload *w, enum la
         values[cluster] = known(w ? w->cluster_id : NULL);
 }
 
-struct event_set *event_open(struct event_worker *w, const struct event_labels *l, uint64_t now_ms)
+struct event_set *event_hold(struct event_worker *w, const struct event_labels *l, uint64_t now_ms)
 {
         const char *values[L_LABELS];
         values[L_REPORTER] = l->reporter == EVENT_SOURCE ? "source" : "destination";
@@ -254,8 +264,27 @@ struct event_set *event_open(struct event_worker *w, const struct event_labels *
         struct event_set *s = set_find(w, values, l->src || l->dst);
         atomic_fetch_add_explicit(&s->refs, 1, memory_order_relaxed);
         atomic_store_explicit(&s->used_ms, now_ms, memory_order_relaxed);
+        return s;
+}
+
+struct event_set *event_open(struct event_worker *w, const struct event_labels *l, uint64_t now_ms)
+{
+        struct event_set *s = event_hold(w, l, now_ms);
         atomic_fetch_add_explicit(&s->opened, 1, memory_order_relaxed);
         return s;
+}
+
+void event_add(struct event_set *s, uint64_t opened, uint64_t closed, uint64_t received, uint64_t sent, uint64_t now_ms)
+{
+        atomic_fetch_add_explicit(&s->opened, opened, memory_order_relaxed);
+        atomic_fetch_add_explicit(&s->closed[FLAG_NONE], closed, memory_order_relaxed);
+        event_bytes(s, received, sent);
+        atomic_store_explicit(&s->used_ms, now_ms, memory_order_relaxed);
+}
+
+void event_drop(struct event_set *s)
+{
+        atomic_fetch_sub_explicit(&s->refs, 1, memory_order_relaxed);
 }
 
 void event_bytes(struct event_set *s, uint64_t received, uint64_t sent)

@@ -47,6 +47,12 @@ struct event_worker *event_worker(struct event *e, unsigned i);
 
 /* Takes a reference; now_ms is the worker's clock. Never fails: beyond the bound it is the overflow set. */
 struct event_set *event_open(struct event_worker *w, const struct event_labels *l, uint64_t now_ms); /* counts opened */
+/* For connections that are counted elsewhere (vouch.h): the same without counting one, until event_drop. Any thread may
+ * add to what is held; closed ones ended without a flag. */
+struct event_set *event_hold(struct event_worker *w, const struct event_labels *l, uint64_t now_ms);
+void event_add(struct event_set *s, uint64_t opened, uint64_t closed, uint64_t received, uint64_t sent,
+               uint64_t now_ms);
+void event_drop(struct event_set *s);
 /* received: request direction, sent: response direction, for both reporters (the flip of ztunnel.md 8.1). */
 void event_bytes(struct event_set *s, uint64_t received, uint64_t sent);
 void event_close(struct event_worker *w, struct event_set *s, enum event_flag flag,
@@ -67,6 +73,10 @@ enum event_counter {
         EV_KEY_UPDATES,
         EV_BUFFERED_BYTES,
         EV_SAME_NODE,
+        EV_VOUCHED,
+        EV_VOUCH_FULL,
+        EV_OUTSIDE,
+        EV_OUTSIDE_FULL,
         EV_COUNTERS
 };
 void event_count(struct event_worker *w, enum event_counter c, int64_t delta);

@@ -67,16 +67,21 @@ int netns_remember(void)
         return home < 0 ? -errno : 0;
 }
 
-static int socket_inside(const struct pod *p, int family)
+int pod_socket(const struct pod *p, int family, int type, int protocol)
 {
         if (setns(p->netns, CLONE_NEWNET) < 0)
                 return -errno;
-        int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), error = errno;
+        int fd = socket(family, type | SOCK_CLOEXEC, protocol), error = errno;
         if (setns(home, CLONE_NEWNET) < 0) {
                 fprintf(stderr, "engine: cannot leave a pod's network namespace: %s\n", strerror(errno));
                 abort();
         }
         return fd < 0 ? -error : fd;
+}
+
+static int socket_inside(const struct pod *p, int family)
+{
+        return pod_socket(p, family, SOCK_STREAM | SOCK_NONBLOCK, 0);
 }
 
 static int set_int(int fd, int level, int option, int value)

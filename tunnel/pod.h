@@ -41,6 +41,7 @@ struct pod {
         atomic_int mode;
         atomic_bool complete; /* once everything that decides about its connections was there */
         atomic_uint_least64_t connections, held, buffered, last_ms;
+        unsigned outside; /* allowances for destinations outside the mesh; vouch.c, under its lock */
         pthread_mutex_t lock;
         struct tuple **tuples;
 };
@@ -52,6 +53,9 @@ struct pod *pod_ref(struct pod *p);
 void pod_unref(struct pod *p);
 bool pod_has(const struct pod *p, const struct addr *a);
 bool pod_owns_port(const struct pod *p, uint16_t port);
+
+/* A socket inside the pod's namespace, -errno. */
+int pod_socket(const struct pod *p, int family, int type, int protocol);
 
 /* Opens the listeners of all workers in the pod's namespace; puts them in service. */
 int pod_open(struct pod *p, unsigned workers, char *error, size_t n);
@@ -91,6 +95,8 @@ struct tunnel {
         struct link identities;
         char trust_domain[256];
         atomic_int same_node_mtls;
+        struct vouch *vouch;
+        atomic_bool whole; /* the agent has given all that it had to give */
         atomic_uint_least64_t fds, fd_limit, buffered;
         uint64_t started_s;
         pthread_mutex_t settings_lock;

@@ -23,6 +23,12 @@ enum {
         F_EXTENSIONS = 13,
 };
 
+const char *const policy_list_names[LISTS] = {
+        "namespaces",       "notNamespaces",       "principals",      "notPrincipals",
+        "sourceIps",        "notSourceIps",        "destinationIps",  "notDestinationIps",
+        "destinationPorts", "notDestinationPorts", "serviceAccounts", "notServiceAccounts",
+};
+
 /* out NULL: the counting pass. */
 struct compiler {
         unsigned rules, clauses, matches, texts, nets, ports, accounts;

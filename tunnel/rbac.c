@@ -305,6 +305,36 @@ void rbac_decide(const struct mesh_view *v, const struct workload *dst, const st
                 out->dry_run = dry_run(&sel, &c, allow.first != NULL);
 }
 
+/* What of one match does not hold. */
+static unsigned match_misses(const struct policy_record *p, const struct policy_match *m, const struct caller *c)
+{
+        unsigned missed = 0;
+        bool some = false;
+        for (unsigned list = 0; list < LISTS; list += 2) {
+                struct policy_range yes = m->lists[list], no = m->lists[list + 1];
+                some |= yes.count || no.count;
+                if (yes.count && !list_hit(p, (enum policy_list)list, yes, c))
+                        missed |= 1u << list;
+                if (no.count && list_hit(p, (enum policy_list)list, no, c))
+                        missed |= 1u << (list + 1);
+        }
+        return some ? missed : 1u << LISTS;
+}
+
+unsigned rbac_missed(const struct policy_record *p, unsigned rule, const struct rbac_request *req)
+{
+        struct policy_range clauses = p->rules[rule].clauses;
+        struct caller c;
+        unsigned missed = 0;
+        take_apart(req, &c);
+        for (uint32_t i = clauses.first; i < clauses.first + clauses.count; i++) {
+                struct policy_range matches = p->clauses[i].matches;
+                for (uint32_t k = 0; k < matches.count && !clause_holds(p, &p->clauses[i], &c); k++)
+                        missed |= match_misses(p, &p->matches[matches.first + k], &c);
+        }
+        return missed;
+}
+
 void rbac_consider(const struct mesh_view *v, const struct workload *dst, const struct rbac_request *req, unsigned most,
                    void (*each)(void *arg, const struct policy_record *p, int rule), void *arg)
 {

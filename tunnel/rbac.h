@@ -39,6 +39,10 @@ void rbac_decide(const struct mesh_view *v, const struct workload *dst, const st
 void rbac_consider(const struct mesh_view *v, const struct workload *dst, const struct rbac_request *req, unsigned most,
                    void (*each)(void *arg, const struct policy_record *p, int rule), void *arg);
 
+/* Why a rule does not match: a bit for each list (enum policy_list, and its negation) that stands in the way, in any
+ * match of any clause that does not hold; bit LISTS: a match that asks for nothing, which never holds. */
+unsigned rbac_missed(const struct policy_record *p, unsigned rule, const struct rbac_request *req);
+
 /* The reason in words, cut at n; before the policy's name where that belongs there. */
 const char *rbac_text(const struct rbac_verdict *verdict, char *out, size_t n);
 

@@ -109,6 +109,8 @@ enum policy_list {
         LISTS = 12
 };
 
+extern const char *const policy_list_names[LISTS]; /* in ztunnel's words */
+
 struct policy_match {
         struct policy_range lists[LISTS];
 };

@@ -8,7 +8,8 @@
  * refused, never done in a weaker way. We differ from ztunnel where it is safer: a service is looked up before a
  * workload for everything; an address of a PASSTHROUGH service that belongs to a workload is treated as that workload;
  * unhealthy endpoints are left out when chosen, so that a changed health policy counts at once; endpoints on other
- * networks are not chosen while there are any on ours.
+ * networks are not chosen while there are any on ours, nor are those without an address of the VIP's family while there
+ * are any with one (as kube-proxy does: the client may have no address of the other).
  *
  * Choice of an endpoint: weighted by capacity. Where any endpoint will do, a random one is accepted with probability
  * capacity / max, a bounded number of times: constant time. Otherwise two passes over the set.
@@ -241,7 +242,8 @@ static unsigned rank_full(const struct service_record *s)
         return s->nscopes && s->scopes[0] == SCOPE_NETWORK ? 2u * s->nscopes - 1 : s->nscopes;
 }
 
-enum usable { UNUSABLE, OTHER_NETWORK, USABLE };
+enum usable { UNUSABLE, OTHER_NETWORK, OTHER_FAMILY, USABLE };
+#define SAME_FAMILY 1024u /* of a rank: more than all scopes together */
 
 static enum usable usable(const struct want *q, const struct workload_record *w)
 {
@@ -251,7 +253,14 @@ static enum usable usable(const struct want *q, const struct workload_record *w)
                 return OTHER_NETWORK;
         if (q->service->mode == LB_STRICT && rank_of(q, &w->w) != rank_full(q->service))
                 return UNUSABLE;
-        return target_address(q, &w->w) ? USABLE : UNUSABLE;
+        const struct addr *a = target_address(q, &w->w);
+        return !a ? UNUSABLE : addr_is_v4(a) == addr_is_v4(&q->dst.addr) ? USABLE : OTHER_FAMILY;
+}
+
+/* Of two that can be used the one with the greater rank. */
+static unsigned rank_among(const struct want *q, const struct workload *w, enum usable u)
+{
+        return (u == USABLE ? SAME_FAMILY : 0) + (q->service->mode == LB_FAILOVER ? rank_of(q, w) : 0);
 }
 
 /* splitmix64: one random number becomes as many as are needed. */
@@ -291,9 +300,9 @@ static const struct workload_record *pick(const struct want *q, const struct end
                 w = e->set->slots[i].value;
                 enum usable u = w ? usable(q, w) : UNUSABLE;
                 elsewhere |= u == OTHER_NETWORK;
-                if (u != USABLE)
+                if (u < OTHER_FAMILY)
                         continue;
-                unsigned rank = q->service->mode == LB_FAILOVER ? rank_of(q, &w->w) : 0;
+                unsigned rank = rank_among(q, &w->w, u);
                 if (rank > best) {
                         best = rank;
                         total = 0;
@@ -309,9 +318,8 @@ static const struct workload_record *pick(const struct want *q, const struct end
         uint64_t at = (uint64_t)((__uint128_t)more_random(&random) * total >> 64);
         for (uint32_t i = 0; i <= e->set->mask; i++) {
                 w = e->set->slots[i].value;
-                if (!w || usable(q, w) != USABLE)
-                        continue;
-                if (q->service->mode == LB_FAILOVER && rank_of(q, &w->w) != best)
+                enum usable u = w ? usable(q, w) : UNUSABLE;
+                if (u < OTHER_FAMILY || rank_among(q, &w->w, u) != best)
                         continue;
                 if (at < w->w.capacity)
                         return w;

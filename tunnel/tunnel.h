@@ -31,7 +31,8 @@ struct tunnel_settings {
         const char *node;
         const char *cluster_cidrs; /* comma separated, both families */
         int same_node_mtls;        /* 0: direct between two pods of this engine, 1: mutual TLS there too */
-        int unknown_pass;          /* 0: an unknown address inside cluster_cidrs is held 1 s and refused, 1: plain */
+        int same_node_native; /* with 0 above: once one connection of a pair was allowed, the next ones pass natively */
+        int unknown_pass;     /* 0: an unknown address inside cluster_cidrs is held 1 s and refused, 1: plain */
 };
 
 struct tunnel_pod {
@@ -68,9 +69,10 @@ void tunnel_free(struct tunnel *t);
 int tunnel_settings(struct tunnel *t, const struct tunnel_settings *s);
 
 /* Opens the listeners in the netns, stores them in the SOCKMAP, marks them in the SK_STORAGE map. Idempotent by uid +
- * cookie: a pod with another netns_cookie replaces the old one. netns must not be the caller's own: -EINVAL. */
+ * cookie: a pod with another netns_cookie replaces the old one. netns must not be the caller's own: -EINVAL. vouch:
+ * NULL, or what native flows need (bpf/loader.h, capture_vouch). */
 int tunnel_pod_add(struct tunnel *t, const struct tunnel_pod *pod, int netns_fd, int listeners_fd, int engine_sk_fd,
-                   struct tunnel_ports *ports);
+                   const int *vouch, struct tunnel_ports *ports);
 int tunnel_pod_mode(struct tunnel *t, const char *uid, int mode);
 int tunnel_pod_del(struct tunnel *t, const char *uid);
 int tunnel_pod_stats(struct tunnel *t, const char *uid, struct tunnel_pod_stats *out);
@@ -85,6 +87,8 @@ int tunnel_identity_del(struct tunnel *t, const char *identity);
  * connections were re-evaluated. Rejected records are listed in report as "name: reason" lines (cut at report_len,
  * always terminated). -EPERM: seals missing; -EBADMSG: the framing is wrong, nothing was applied. */
 int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len);
+/* The first state is whole: what was applied so far is all that there is. */
+int tunnel_whole(struct tunnel *t);
 
 /* What would be decided about a connection, by the function that decides, on the newest state: a JSON object
  * (docs/interfaces.md, AUTHZ). identity "" for none; source "IP" or "IP:PORT", destination "IP:PORT", IPv6 with a port

@@ -64,15 +64,21 @@ class Engines:
         return total
 
 
-def meshed(row: Row, engines: Engines, client: Pod, address: str, seconds: float, local: bool) -> tuple[Sample, float]:
+def meshed(
+    row: Row, engines: Engines, client: Pod, address: str, seconds: float, local: bool, native: bool
+) -> tuple[Sample, float]:
     """A run that must have gone the way it claims. Returns it and the engines' CPU seconds per operation or byte."""
-    name = "sidestep_same_node_connections_total" if local else "istio_tcp_connections_closed_total"
+    through = "sidestep_same_node_connections_total"
+    name = through if local and not native else "istio_tcp_connections_opened_total"
+    carried = engines.counter(through)
     before, worked = engines.counter(name), engines.cpu_s()
     sample = measure(row, inside(client), address, PORT, seconds)
     worked = engines.cpu_s() - worked
     grown = engines.counter(name) - before
     conns = sample.total_ops if row.words[0] == "crr" else int(row.words[-1])
-    expected = conns if local else 2 * conns  # source's and destination's engine
+    expected = conns if local and not native else 2 * conns  # source's and destination's view
+    if native and engines.counter(through) - carried > 16:
+        raise LoadError(f"{row.name}: the engine carried {engines.counter(through) - carried:.0f} connections")
     if grown < expected - 64:  # those of the last moment may not be counted yet
         raise LoadError(f"{row.name}: {name} grew by {grown:.0f}, not {expected}: this was not the mesh")
     return sample, worked / (sample.total_bytes if row.bulk else sample.total_ops)
@@ -84,6 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--same-node", choices=("direct", "native", "mtls"), default="direct", help="on one node")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument(
         "--only", choices=("across", "local", "policies"), help="only across nodes, on one node, policy"
@@ -107,7 +114,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, object]]:
     results = []
     with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name:
         places = {"client": 0, "server": 1, "near": 0}
-        mesh = Nodes(Path(name), places, workers=options.workers)
+        mesh = Nodes(Path(name), places, workers=options.workers, same_node=options.same_node)
         plain = Nodes(Path(name), {f"p{pod}": node for pod, node in places.items()}, engines=(False, False))
         plain.router = f"{mesh.router}-p"
         with mesh, plain, contextlib.ExitStack() as stack:
@@ -137,7 +144,9 @@ def one(
     target, other = plain[f"p{server}"].address(), mesh[server].address()
     for _ in range(options.rounds):
         bare.append(measure(row, inside(plain["pclient"]), target, PORT, options.seconds))
-        sample, worked = meshed(row, engines, mesh["client"], other, options.seconds, place == "local")
+        local = place == "local" and options.same_node != "mtls"
+        native = local and options.same_node == "native"
+        sample, worked = meshed(row, engines, mesh["client"], other, options.seconds, local, native)
         covered.append(sample)
         own.append(worked)
     share = statistics.median(b.rate / a.rate for a, b in zip(bare, covered, strict=True))

@@ -10,8 +10,10 @@ import functools
 import io
 import json
 import os
+import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -77,6 +79,19 @@ for line in sys.stdin:
 """
 
 
+TALK = """
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=20) as c:
+    for line in sys.stdin:
+        try:
+            c.sendall(b"x")
+            print("open" if c.recv(100) else "ended", flush=True)
+        except ConnectionResetError:
+            print("reset", flush=True)
+            break
+"""
+
+
 def objects() -> list[dict[str, Any]]:
     """Callers on node1, servers on node2; `plain` is in the namespace and not in the mesh."""
     found: list[dict[str, Any]] = []
@@ -109,7 +124,7 @@ class World:
         self.there: set[str] = set()
         self._clients: dict[str, subprocess.Popen[str]] = {}
         self._addresses: dict[tuple[str, int], str] = {}
-        self._node2 = next(node for node in find(lab.name) if node.ask("/status")["node"] == "node2")
+        self._nodes = find(lab.name)
 
     def address(self, name: str, family: int) -> str:
         if (name, family) not in self._addresses:
@@ -128,6 +143,20 @@ class World:
         assert answer in ("open", "closed"), f"{caller}: {answer!r}"
         return answer == "open"
 
+    @contextlib.contextmanager
+    def conversation(self, caller: str, server: str) -> Iterator[Callable[[], str]]:
+        """A connection that stays. Called, it sends a byte, and says `open` where it came back, else what ended it."""
+        words = ("/usr/bin/python3", "-c", TALK, self.address(server, 4), "8080")
+        with self.lab.popen(caller, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1) as talk:
+            assert talk.stdin is not None and talk.stdout is not None
+            stdin, stdout = talk.stdin, talk.stdout
+
+            def ask() -> str:
+                stdin.write("\n")
+                return stdout.readline().strip()
+
+            yield ask
+
     def close(self) -> None:
         for client in self._clients.values():
             client.communicate(timeout=20)
@@ -140,8 +169,8 @@ class World:
         return status, json.loads(out.getvalue())
 
     def put(self, *made: Mapping[str, Any]) -> None:
-        """These AuthorizationPolicies and no others; returns when the engine of the servers holds them. The old ones
-        have to be gone first: one of the same name would be taken for the new one.
+        """These AuthorizationPolicies and no others; returns when the engines hold them. The old ones have to be gone
+        first: one of the same name would be taken for the new one.
         """
 
         async def remove(client: KubeClient) -> None:
@@ -153,13 +182,19 @@ class World:
                 await client.create(_path(each["metadata"]["namespace"]), each)
 
         self.lab.ask(remove)
-        self._until(set())
+        self.there = set()
+        self.wait(self.there)
         self.lab.ask(create)
-        self._until({f"{each['metadata']['namespace']}/{each['metadata']['name']}" for each in made})
+        self.there = {f"{each['metadata']['namespace']}/{each['metadata']['name']}" for each in made}
+        self.wait(self.there)
 
-    def _until(self, keys: set[str]) -> None:
-        eventually(f"the engine holds {keys}", lambda: {row["key"] for row in self._node2.ask("/policies")} == keys)
-        self.there = keys
+    def wait(self, keys: set[str]) -> None:
+        """Until both engines hold these records and no others."""
+
+        def held() -> bool:
+            return all({row["key"] for row in node.ask("/policies")} == keys for node in self._nodes)
+
+        eventually(f"the engines hold {keys}", held)
 
 
 def _path(namespace: str, name: str = "") -> str:
@@ -270,6 +305,10 @@ def live(world: World) -> Iterator[tuple[Case, list[dict[str, Any]]]]:
             yield case, [_policy(world, policy, case) for policy in case.policies]
 
 
+def _addresses(lab: Lab, name: str) -> Any:
+    return lab.pod(name)["status"].get("podIPs")
+
+
 def _enrolled(lab: Lab, namespace: str, wanted: set[str]) -> bool:
     return lab.enrolled(namespace) == wanted
 
@@ -341,6 +380,9 @@ def test_by_names_and_without_a_port(world: World) -> None:
         assert (got, {check["to"]["port"] for check in answer["checks"]}) == (status, {8080}), caller
         assert {check["answered_by"] for check in answer["checks"]} == {"node2"}
         assert len({check["to"]["address"] for check in answer["checks"]}) == 2, "both families"
+    stranger = "spiffe://elsewhere/ns/namespace/sa/account"  # of another trust domain: no matter what the policy says
+    got, answer = world.command("authz", "check", stranger, "namespace/server")
+    assert got == 1 and all("trust domain is elsewhere" in check["reason"] for check in answer["checks"])
     got, answer = world.command("authz", "check", "namespace/plain", "namespace/server")
     assert got == 1 and answer["checks"][0]["from"]["identity"] == ""
     assert any("namespace/plain is not enrolled" in note for note in answer["notes"])
@@ -397,6 +439,7 @@ def test_what_is_not_enforced_is_told(world: World) -> None:
     }
     good = {**http, "metadata": {**metadata, "name": "good"}, "spec": {"action": "DENY", "rules": [_NOBODY]}}
     world.put(good)
+    assert [row["refused_policies"] for row in world.command("status")[1]] == [[], []]
     status, answer = world.command("policies")
     assert status == 0 and answer["source"] == "control plane"
     assert [(row["name"], row["enforced"]) for row in answer["policies"]] == [("good", True)]
@@ -406,6 +449,106 @@ def test_what_is_not_enforced_is_told(world: World) -> None:
     found = {row["name"]: row for row in answer["policies"]}
     assert found["good"]["enforced"] and not found["http"]["enforced"]
     assert any("NOT ENFORCED" in line for line in found["http"]["not_enforced"])
+    kept = {**http, "spec": {"action": "ALLOW", "rules": [*rules, {}]}}
+    world.put(kept)
+    got, answer = world.command("authz", "check", "a/caller", "namespace/server")
+    assert got == 0 and {check["rule"] for check in answer["checks"]} == {1}, "its number in the object"
+    world.put(http, good)
+    for row in world.command("status")[1]:
+        [refused] = row["refused_policies"]
+        said = (refused["kind"], refused["name"], refused["reason"])
+        assert said == ("AuthorizationPolicy", "http", "UnsupportedValue")
+        assert "to[0].operation.methods" in refused["message"]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main(["status", "--lab", world.lab.name])
+    assert re.search(r"^namespace/http +AuthorizationPolicy +.*to\[0\]\.operation\.methods", out.getvalue(), re.M)
+    world.put()
+
+
+def test_a_peer_authentication_is_in_force_when_the_engines_hold_its_records(world: World) -> None:
+    path = f"{SECURITY}/namespaces/namespace/peerauthentications"
+    selector = {"matchLabels": {"app": "server"}}
+    spec = {"selector": selector, "mtls": {"mode": "STRICT"}, "portLevelMtls": {"9090": {"mode": "PERMISSIVE"}}}
+    metadata = {"name": "own", "namespace": "namespace"}
+    made = {"apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": metadata, "spec": spec}
+    world.put()
+    world.lab.apply(made)
+    try:
+        world.wait({"istio-system/istio_converted_static_strict", "namespace/converted_peer_authentication_own"})
+        status, answer = world.command("policies")
+        assert [(row["name"], row["not_enforced"]) for row in answer["policies"]] == [("own", [])] and status == 0
+        target = world.address("namespace/server", 4)
+        eventually("the server's record names it", lambda: not world.connect("namespace/plain", target, 8080))
+        for port, status in ((8080, 1), (9090, 0)):
+            assert world.connect("namespace/plain", target, port) is not bool(status)
+            got, answer = world.command("authz", "check", "namespace/plain", f"namespace/server:{port}")
+            assert got == status and answer["checks"][0]["from"]["identity"] == ""
+    finally:
+        world.lab.ask(lambda client: client.delete(f"{path}/own"))
+        world.put()
+
+
+def test_a_changed_label_cuts_what_is_open_now(world: World) -> None:
+    """From the API to the socket: the label brings a selector DENY, and takes it away again."""
+    closed = {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "AuthorizationPolicy",
+        "metadata": {"name": "closed", "namespace": "namespace"},
+        "spec": {"action": "DENY", "selector": {"matchLabels": {"tier": "closed"}}, "rules": [{}]},
+    }
+    world.put(closed)
+    path = "/api/v1/namespaces/namespace/pods/server"
+
+    def label(value: str | None) -> None:
+        world.lab.ask(lambda client: client.patch(path, {"metadata": {"labels": {"tier": value}}}))
+
+    with world.conversation("a/caller", "namespace/server") as cut:
+        with world.conversation("a/caller", "namespace/elsewhere") as kept:
+            assert (cut(), kept()) == ("open", "open")
+            label("closed")
+            try:
+                assert eventually("it is cut", lambda: said if (said := cut()) != "open" else None) == "reset"
+                assert not world.connect("a/caller", world.address("namespace/server", 6), 8080)
+                assert kept() == "open"
+            finally:
+                label(None)
+    eventually("it is let in again", lambda: world.connect("a/caller", world.address("namespace/server", 6), 8080))
+    world.put()
+
+
+def test_a_new_pod_and_a_selector_deny_that_was_there_before(world: World) -> None:
+    """As soon as the pod has an address it is called, again and again, by one with and one without an identity; nobody
+    ever gets in. The pod that no policy selects, made in the same way, is the control.
+    """
+    closed = {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "AuthorizationPolicy",
+        "metadata": {"name": "closed", "namespace": "namespace"},
+        "spec": {"action": "DENY", "selector": {"matchLabels": {"app": "born-closed"}}, "rules": [{}]},
+    }
+    world.put(closed)
+    for name in ("born-closed", "born-open"):
+        pod_of = f"namespace/{name}"
+        world.lab.apply(*pod(name, "node2", ["/usr/bin/python3", "-c", SERVER], 8080, namespace="namespace"))
+        try:
+            eventually("an address", functools.partial(_addresses, world.lab, pod_of))
+            address = world.lab.address(pod_of)
+            callers = {"a/caller", "namespace/plain"}
+            got_in: set[str] = set()
+            rounds, deadline = 0, time.monotonic() + 120
+            # The closed one is called until it is ready and then some, the open one until both were let in.
+            while got_in != callers if name == "born-open" else rounds < 5 or not world.lab.ready(pod_of):
+                assert time.monotonic() < deadline, f"{name}: {got_in} after {rounds} rounds"
+                got_in |= {caller for caller in callers if world.connect(caller, address, 8080)}
+                rounds += 1
+            print(name, rounds, got_in)
+            if name == "born-closed":
+                assert got_in == set()
+                got, answer = world.command("authz", "check", "a/caller", f"{pod_of}:8080")
+                assert got == 1 and {each["policy"] for each in answer["checks"]} == {"namespace/closed"}
+        finally:
+            world.lab.delete_pod(pod_of)
     world.put()
 
 

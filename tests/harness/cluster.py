@@ -9,6 +9,7 @@ The router's namespace has one interface per pod, so that each pod's link is a w
 import ipaddress
 import itertools
 import os
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from sidestep.lab.link import Tap
 from sidestep.wire import batch, channel
 from sidestep.wire.pb import workload_pb2 as pb
 from tests.harness.engine import Client, EngineProcess
-from tests.harness.netns import Pair, run
+from tests.harness.netns import Pair, connect, listen, run
 from tests.harness.pki import Authority, Leaf, spiffe
 from tests.harness.stand_in import Capture
 
@@ -72,6 +73,7 @@ class Nodes:
         same_node: str = "direct",
         engines: tuple[bool, bool] = (True, True),
         accounts: dict[str, str] | None = None,
+        cidrs: list[str] | None = None,
     ) -> None:
         self.folder = folder
         self.authority = Authority()
@@ -79,6 +81,7 @@ class Nodes:
         self.router = f"t-rt-{os.getpid()}-{serial}"
         self.accounts = accounts or {}
         self.same_node = same_node
+        self.cidrs = CLUSTER_CIDRS if cidrs is None else cidrs
         self._workers = workers
         self._with = engines
         self._stack = ExitStack()
@@ -146,20 +149,20 @@ class Nodes:
         return Tap(f"/run/netns/{self.router}", self.interface(self.pods[name]))
 
     # -- engines -----------------------------------------------------------------------------------------------------
-    def start(self, node: int, supervised: bool = False) -> None:
-        """An engine for a node, with its pods captured and given to it."""
+    def start(self, node: int, supervised: bool = False, pods: Collection[str] | None = None) -> None:
+        """An engine for a node, with its pods captured and given to it (`pods`: only these)."""
         engine = EngineProcess(self.folder, self._workers, supervised=supervised)
         self._stack.enter_context(engine)
         self.engines[node] = engine
         for pod in self.pods.values():
-            if pod.node == node and pod.capture is None:
+            if pod.node == node and pod.capture is None and (pods is None or pod.name in pods):
                 capture = pod.capture = Capture(pod.pair)
                 capture.prepare()
                 self._stack.callback(capture.detach)
                 capture.set_mode(lib.MODE_STRICT)
-        self.feed(node)
+        self.feed(node, pods)
 
-    def feed(self, node: int) -> None:
+    def feed(self, node: int, pods: Collection[str] | None = None) -> None:
         """What an agent says to an engine that knows nothing."""
         engine = self.engines[node]
         assert engine is not None
@@ -173,13 +176,13 @@ class Nodes:
                 "cluster_id": "Kubernetes",
                 "trust_domain": "cluster.local",
                 "node": f"node{node}",
-                "cluster_cidrs": CLUSTER_CIDRS,
+                "cluster_cidrs": self.cidrs,
                 "same_node": self.same_node,
                 "unknown": "hold",
             },
         )
         for pod in self.pods.values():
-            if pod.node == node:
+            if pod.node == node and (pods is None or pod.name in pods):
                 self.certify(pod, self.authority.leaf(pod.identity))
                 self.add(pod)
 
@@ -195,7 +198,7 @@ class Nodes:
         client, capture = self.clients[pod.node], pod.capture
         assert client is not None
         assert capture is not None
-        listeners, engine_sk = capture.maps()
+        fds = [*capture.maps(), *(capture.vouch() if self.same_node == "native" else [])]
         with open(pod.path) as netns:
             body = {
                 "uid": pod.uid,
@@ -208,9 +211,27 @@ class Nodes:
                 "netns_cookie": os.fstat(netns.fileno()).st_ino,
                 "netns_ino": os.fstat(netns.fileno()).st_ino,
             }
-            pod.ports = client.call(channel.POD_ADD, body, [netns.fileno(), listeners, engine_sk])["ports"]
-        os.close(listeners)
-        os.close(engine_sk)
+            pod.ports = client.call(channel.POD_ADD, body, [netns.fileno(), *fds])["ports"]
+        for fd in fds:
+            os.close(fd)
+
+    def allow(self, client: Pod, server: Pod, *ports: int) -> None:
+        """Where the setting is native: from now on connections from one pod to these ports of another of its node are.
+        The first of each goes through the engine, the second is the control.
+        """
+        if self.same_node != "native":
+            return
+        assert server.capture is not None
+        for family, port in itertools.product((4, 6), ports):
+            handed = server.capture.counters()["to_application_vouched"]
+            with listen(server.path, server.address(family), port) as listener:
+                for _ in range(2):
+                    with connect(client.path, server.address(family), port) as made:
+                        made.sendall(b"x")
+                        accepted, _ = listener.accept()
+                        with accepted:  # what the engine has carried it decided about before
+                            assert accepted.recv(1) == b"x"
+            assert server.capture.counters()["to_application_vouched"] > handed
 
     # -- the snapshot ------------------------------------------------------------------------------------------------
     def record(self, pod: Pod, **changes: object) -> pb.Address:

@@ -117,14 +117,14 @@ class Client:
             for fd in received:
                 os.close(fd)
 
-    def apply(self, records: Sequence[batch.Record], full: bool = False) -> dict[str, Any]:
-        """APPLY. Returns the reply."""
+    def apply(self, records: Sequence[batch.Record], full: bool = False, whole: bool = True) -> dict[str, Any]:
+        """APPLY. `whole`: the state is complete with it. Returns the reply."""
         with batch.Batch(full) as state:
             for record in records:
                 state.add(record)
             fd, size = state.seal()
         try:
-            return self.call(channel.APPLY, {"size": size}, [fd])
+            return self.call(channel.APPLY, {"size": size, "whole": whole}, [fd])
         finally:
             os.close(fd)
 

@@ -140,14 +140,14 @@ class Exemption:
         found: dict[bytes, tuple[int, int]] = {}
         with Map(self.node + b"/probe_notes") as notes:
             for key in notes.keys(36):
-                isn, _, when = struct.unpack("IIQ", notes.lookup(key, 16))
+                isn, _, when, _, _ = struct.unpack("IIQII", notes.lookup(key, 24))
                 found[key] = isn, when
         return found
 
     def note(self, key: bytes, isn: int, when_ns: int) -> None:
         """Writes a note as the program would, at a time of the test's own."""
         with Map(self.node + b"/probe_notes") as notes:
-            notes.update(key, struct.pack("IIQ", isn, 0, when_ns))
+            notes.update(key, struct.pack("IIQII", isn, 0, when_ns, 0, 0))
 
 
 class Map:
@@ -196,3 +196,8 @@ class Map:
         """Sets a value."""
         k, v = ctypes.create_string_buffer(key), ctypes.create_string_buffer(value)
         self._call(2, struct.pack("IIQQQ", self.fd, 0, ctypes.addressof(k), ctypes.addressof(v), 0))
+
+    def delete(self, key: bytes) -> None:
+        """Takes an entry out."""
+        k = ctypes.create_string_buffer(key)
+        self._call(3, struct.pack("IIQQQ", self.fd, 0, ctypes.addressof(k), 0, 0))

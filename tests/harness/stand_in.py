@@ -7,6 +7,7 @@ import platform
 import socket
 import struct
 from pathlib import Path
+from typing import Protocol
 
 from sidestep._bpf import ffi, lib
 from tests.harness.netns import Pair, inside
@@ -27,7 +28,7 @@ class Capture:
 
     def __init__(self, pair: Pair, interface: str = "eth0") -> None:
         self.pair = pair
-        self.pins = str(BPFFS / f"t-{os.getpid()}" / "v1" / pair.pod).encode()
+        self.pins = str(BPFFS / f"t-{os.getpid()}" / "v2" / pair.pod).encode()
         self.interface = interface.encode()
         self._error = ffi.new("char[]", lib.CAPTURE_ERROR_LEN)
 
@@ -71,6 +72,18 @@ class Capture:
         n = self._check(lib.capture_counters(self.pins, out, lib.COUNT_MAX, self._error))
         return {ffi.string(lib.capture_counter_name(i)).decode(): int(out[i]) for i in range(n)}
 
+    def vouch(self) -> list[int]:
+        """What an engine that vouches gets beside `maps`."""
+        fds = ffi.new("int[]", lib.VOUCH_FDS)
+        self._check(lib.capture_vouch(self.pins, fds, self._error))
+        return list(fds)
+
+    def sweep(self) -> None:
+        """What the agent does each second."""
+        with open(self.pair.pod_path) as netns:
+            self._check(lib.capture_sweep(self.pins, netns.fileno(), self._error))
+        self._check(lib.capture_sweep_notes(str(Path(self.pins.decode()).parent / "node").encode(), self._error))
+
     def maps(self) -> tuple[int, int]:
         first, second = ffi.new("int*"), ffi.new("int*")
         self._check(lib.capture_maps(self.pins, first, second, self._error))
@@ -85,10 +98,18 @@ def map_update(fd: int, key: bytes, value: bytes) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+class Instance(Protocol):
+    """Programs in a pod."""
+
+    pair: Pair
+
+    def maps(self) -> tuple[int, int]: ...
+
+
 class StandIn:
     """Listeners for the three slots, marked as the engine's."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Instance) -> None:
         self.listeners_fd, self.engine_sk = capture.maps()
         self.pair = capture.pair
         self.outbound, self.inbound, self.hbone = (self._listener(slot) for slot in range(3))

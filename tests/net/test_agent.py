@@ -40,7 +40,7 @@ PORT = 8080
 class Node:
     """One node: bridge, engine process, agent in this process, an API in memory."""
 
-    def __init__(self, folder: Path, bridge: Bridge) -> None:
+    def __init__(self, folder: Path, bridge: Bridge, same_node: str = "direct") -> None:
         self.folder = folder
         self.bridge = bridge
         self.cluster = Cluster(NODE)
@@ -49,6 +49,8 @@ class Node:
         self.state_file = folder / "state.yaml"
         self.bpf_dir = Path(f"/sys/fs/bpf/t-agent-{os.getpid()}")
         self.drain_quiet_ms = 0
+        self.same_node = same_node
+        self.pods: dict[str, tuple[Sandbox, Pod]] = {}
         self.kubelet_cgroup: Path | None = None
         self.engine: subprocess.Popen[bytes] | None = None
         self.feed: FileFeed | None = None
@@ -89,11 +91,17 @@ class Node:
                     "trust_domain": "cluster.local",
                     "node": NODE,
                     "cluster_cidrs": [],
-                    "same_node": "direct",
+                    "same_node": self.same_node,
                     "unknown": "hold",
                 },
             ),
-            names=Names("cluster.local", "Kubernetes", self.drain_quiet_ms, self.folder / "netns"),
+            names=Names(
+                "cluster.local",
+                "Kubernetes",
+                self.drain_quiet_ms,
+                self.folder / "netns",
+                self.same_node == "native",
+            ),
             captures=captures,
             engine_path=self.folder / "engine" / "engine.sock",
             api=self.cluster,
@@ -106,21 +114,23 @@ class Node:
         feed = FileFeed(self.state_file, authority, agent)
         agent.engine_versions = feed.engine_holds
         self.feed = feed
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(agent.run()),
-                group.create_task(feed.run()),
-                group.create_task(serve(self.folder / "run" / "cni.sock", agent)),
-            ]
-            self._agent = agent
-            await agent.restored.wait()
-            self.cluster.watch(agent)
-            try:
-                yield agent
-            finally:
-                for task in tasks:
-                    task.cancel()
-                captures.close()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(agent.run()),
+                    group.create_task(feed.run()),
+                    group.create_task(serve(self.folder / "run" / "cni.sock", agent)),
+                ]
+                self._agent = agent
+                await agent.restored.wait()
+                self.cluster.watch(agent)
+                try:
+                    yield agent
+                finally:
+                    for task in tasks:
+                        task.cancel()
+        finally:
+            captures.close()  # what it was doing has ended by now
 
     def pod(
         self, name: str, namespace: str = "shop", running: bool = True, probed: tuple[int, ...] = ()
@@ -218,16 +228,25 @@ class Node:
 
     async def through_engine(self, client: Client) -> bool:
         """The engine carries this connection."""
-        ends = [json.dumps(each) for each in await self.agent.engine.dump("connections")]
+        return any(each["protocol"] != "native" for each in await self._known(client))
+
+    async def in_the_mesh(self, client: Client) -> bool:
+        """The engine carries this connection, or has allowed it."""
+        return bool(await self._known(client))
+
+    async def _known(self, client: Client) -> list[dict[str, Any]]:
+        """What the engine says of this connection."""
         address, port = client.local[0], client.local[1]
-        return any(f"{address}:{port}" in each or f"[{address}]:{port}" in each for each in ends)
+        ends = (f'"{address}:{port}"', f'"[{address}]:{port}"')
+        found = await self.agent.engine.dump("connections")
+        return [each for each in found if any(end in json.dumps(each) for end in ends)]
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
+def node(tmp_path: Path, same_node: str) -> Iterator[Node]:
     subprocess.run("mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf", shell=True, check=True)
     with Bridge("agent") as bridge:
-        node = Node(tmp_path, bridge)
+        node = Node(tmp_path, bridge, same_node)
         try:
             yield node
         finally:
@@ -389,9 +408,15 @@ def test_engine_killed_and_back(node: Node) -> None:
             for _ in range(3):
                 client = await Client.open(web, api.v4, PORT)
                 assert await client.ask("before") == "before"
+                native = not await node.through_engine(client)
+                assert not native or node.same_node == "native"
                 node.kill_engine()
-                with pytest.raises(OSError):
-                    await client.ask("after")
+                if native:
+                    assert await client.ask("after") == "after"
+                    await client.close()
+                else:
+                    with pytest.raises(OSError):
+                        await client.ask("after")
                 count = len(seen)
                 with pytest.raises((OSError, TimeoutError)):
                     await Client.open(web, api.v4, PORT, seconds=1)
@@ -437,7 +462,8 @@ def test_agent_gone_and_back(node: Node) -> None:
                 await node.enrolled(api_pod)
                 client = await Client.open(web, api.v4, PORT)
                 assert await client.ask("both new") == "both new"
-                await client.close()
+                for each in (client, fresh, kept):  # a native one has outlived the engine
+                    await each.close()
 
     run(work())
 
@@ -490,7 +516,7 @@ def test_toggles_leave_nothing(node: Node) -> None:
                 listed = {
                     "agent fds": len(os.listdir("/proc/self/fd")),
                     "engine fds": len(os.listdir(f"/proc/{node.engine.pid}/fd")),
-                    "pins": sorted(os.listdir(node.bpf_dir / "v1")),
+                    "pins": sorted(os.listdir(node.bpf_dir / "v2")),
                     "records": sorted(os.listdir(node.folder / "run" / "pods")),
                 }
                 for what in (
@@ -623,7 +649,7 @@ def test_pins_taken_away_are_made_again(node: Node) -> None:
             for sandbox, pod in ((web, web_pod), (api, api_pod)):
                 assert (await node.cni("ADD", sandbox, pod))[0] == 0
                 await node.enrolled(pod)
-            tool("rm", "-r", str(node.bpf_dir / "v1" / web_pod.uid))
+            tool("rm", "-r", str(node.bpf_dir / "v2" / web_pod.uid))
             await eventually("repair", lambda: agent.metrics.value("sidestep_capture_repairs_total") >= 1)
             await node.enrolled(web_pod, Capture.STRICT)
             client = await Client.open(web, api.v4, PORT)

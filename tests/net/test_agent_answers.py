@@ -3,6 +3,8 @@ responses of which a part cannot be decoded.
 """
 
 import asyncio
+import contextlib
+import io
 import ipaddress
 import json
 import socket
@@ -14,6 +16,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+from sidestep.__main__ import main
 from sidestep.cli import policies as cli
 from sidestep.cli.nodes import Answering, Node
 from sidestep.node import cni, httpd
@@ -155,6 +158,36 @@ def test_what_cannot_be_decoded_denies_its_namespace_and_the_rest_is_in_force(tm
         assert not (await server.answer("mended")).HasField("error_detail")
         assert await asked.allowed(f"{DB4}:80")
         assert stream.status()["rejected"] == "" and stream.status()["refused"] == []
+
+    working(tmp_path, work)
+
+
+def test_the_command_says_what_was_refused_and_why(tmp_path: Path) -> None:
+    """`sidestep status` and `sidestep policies` over the agent's socket."""
+
+    async def work(server: Server, asked: Asked, _: Stream) -> None:
+        def said(*words: str) -> tuple[int, str]:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                return main([*words, "--run-dir", str(tmp_path / "run")]), out.getvalue()
+
+        listener = cni.listen(tmp_path / "run" / "agent.sock", socket.SOCK_STREAM)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(httpd.serve(listener, asked.pages.admin))
+            server.say("good", url=AUTHORIZATION, **{"shop/p": policy("shop/p", "nobody")})
+            await server.answer("good")
+            status, text = await asyncio.to_thread(said, "status")
+            assert status == 0 and "refused" not in text
+            server.say("bad", url=AUTHORIZATION, **{"shop/p": BAD, "shop/new": BAD})
+            await server.answer("bad")
+            status, text = await asyncio.to_thread(said, "status")
+            told = "shop/new: malformed protobuf; shop/p: malformed protobuf"
+            assert status == 0 and f"n1 refused a part of the control plane's updates: {told}" in text
+            status, text = await asyncio.to_thread(said, "policies")
+            assert status == 1
+            assert "shop/p on n1: malformed protobuf; its last version that could be decoded stays in force" in text
+            assert "shop/new on n1: malformed protobuf; namespace shop is denied in its place" in text
+            task.cancel()
 
     working(tmp_path, work)
 

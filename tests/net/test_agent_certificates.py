@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 import yaml
 
 from sidestep.node.admin import Pages
@@ -19,6 +20,14 @@ from tests.net import test_agent
 from tests.net.test_agent import PORT, Node, run
 
 node = test_agent.node  # the fixture
+
+
+@pytest.fixture
+def same_node() -> str:
+    """Once: what ends with a certificate on one node is in test_vouched_hazards.py."""
+    return "direct"
+
+
 WEB = spiffe("cluster.local", "shop", "web")
 LIFE_S = 24  # half of it is spent before the authority is asked again; the rest is room for a machine that is busy
 

@@ -115,6 +115,11 @@ class Process:
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Stops it, or lets it go on."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
@@ -193,6 +198,26 @@ def test_records_go_to_the_engine_and_are_acknowledged_after_it(tmp_path: Path) 
             assert stream.pending() == []
             server.say("four", url="type.googleapis.com/unknown.Thing", x=b"?")
             assert not (await server.answer("four")).HasField("error_detail")
+
+    run(tmp_path, work)
+
+
+def test_an_engine_that_has_not_answered_yet_keeps_the_acknowledgement_back(tmp_path: Path) -> None:
+    """It is stopped: the response lies with it, and nothing is said to the server until it goes on."""
+
+    async def work(process: Process, server: Server) -> None:
+        async with feeding(process, server, tmp_path) as (engine, _):
+            await server.first(1)
+            server.say("one", a=workload("a", 1))
+            await server.answer("one")
+            process.signal(signal.SIGSTOP)
+            server.say("two", b=workload("b", 2))
+            await eventually("the response is with the engine", lambda: bool(engine._waiting))
+            await asyncio.sleep(0.3)  # for an answer that comes too early
+            assert [each for _, each in server.heard if each.response_nonce == "two"] == []
+            process.signal(signal.SIGCONT)
+            assert not (await server.answer("two")).HasField("error_detail")
+            assert {each["uid"] for each in await engine.dump("workloads")} == {"a", "b"}
 
     run(tmp_path, work)
 

@@ -47,9 +47,9 @@ def application(path: str, kind: str, *command: str) -> list[str]:
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Nodes]:
+def nodes(tmp_path: Path, same_node: str) -> Iterator[Nodes]:
     """attacker, victim and near on one node, server on the next; every pod is captured, strict."""
-    with Nodes(tmp_path, {"attacker": 0, "victim": 0, "near": 0, "server": 1}) as made:
+    with Nodes(tmp_path, {"attacker": 0, "victim": 0, "near": 0, "server": 1}, same_node=same_node) as made:
         made.publish()
         yield made
 
@@ -225,6 +225,7 @@ def test_a_listener_in_a_pod_reads_no_other_pod(nodes: Nodes, family: int) -> No
     """Promiscuous, on every device of its pod, while the neighbour talks on the node and across nodes."""
     attacker, victim, near, server = (nodes[name] for name in ("attacker", "victim", "near", "server"))
     own, across, here = (f"canary-{secrets.token_hex(12)}" for _ in range(3))
+    nodes.allow(victim, near, PORT)
     words = application(attacker.path, "net_raw", PYTHON, "-c", LISTEN, own, across, here)
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as spy:
         assert spy.stdout is not None
@@ -328,7 +329,7 @@ TAKEN_OUT: dict[str, Sequence[Sequence[str]]] = {
 }
 
 
-def test_what_a_pod_takes_out_of_itself_is_noticed_counted_and_put_back(tmp_path: Path) -> None:
+def test_what_a_pod_takes_out_of_itself_is_noticed_counted_and_put_back(tmp_path: Path, same_node: str) -> None:
     async def work(node: Node) -> None:
         node.cluster.label("shop", "ambient")
         web, web_pod = node.pod("web", running=False)
@@ -350,7 +351,7 @@ def test_what_a_pod_takes_out_of_itself_is_noticed_counted_and_put_back(tmp_path
                 for address in (api.v4, api.v6):
                     client = await Client.open(web, address, PORT)
                     assert await client.ask("whole") == "whole"
-                    assert await node.through_engine(client)
+                    assert await node.in_the_mesh(client)
                     await client.close()
                 print(f"{what}: captured again {time.monotonic() - started:.2f} s after it was taken out")
 
@@ -359,7 +360,7 @@ def test_what_a_pod_takes_out_of_itself_is_noticed_counted_and_put_back(tmp_path
             await work(node)
 
     with Bridge("admin") as bridge:
-        node = Node(tmp_path, bridge)
+        node = Node(tmp_path, bridge, same_node)
         try:
             asyncio.run(guarded(node))
         finally:

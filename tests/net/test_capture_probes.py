@@ -469,7 +469,9 @@ def test_a_new_directory_of_the_same_name_is_another(world: World, application: 
 def test_the_last_pod_takes_the_nodes_part_along(world: World, application: socket.socket) -> None:
     world.check(application)
     node = Path(world.exemption.node.decode())
-    assert sorted(os.listdir(node)) == ["kubelet_counters", "link", "probe_notes", "probe_ports", "probe_syn"]
+    assert sorted(os.listdir(node)) == [
+        *("ended", "kubelet_counters", "link", "probe_notes", "probe_ports", "probe_syn", "slots", "vouched"),
+    ]
     world.capture.detach()
     assert not node.exists()
     application.close()

@@ -5,16 +5,20 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sidestep.cli.nodes import Node, NodeError
 from tests.harness.lab import everything_of
 
 SIDESTEP = [sys.executable, "-m", "sidestep"]
 
-# Answers EINVAL to bpf(BPF_PROG_LOAD) of one program type. A filter cannot read the attributes, which are behind a
-# pointer: bpf(2) goes through a user notification, and the launcher looks at the type itself.
+# Answers EINVAL to bpf(BPF_PROG_LOAD) of one program type, or of one program. A filter cannot read the attributes: they
+# are behind a pointer. bpf(2) goes through a user notification, and the launcher looks at them itself.
 LAUNCHER = """
 import ctypes, os, struct, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
@@ -30,7 +34,7 @@ def install():
     fd = libc.syscall(NR_SECCOMP, 1, 8, ctypes.byref(Program(4, lines)))
     assert fd >= 0, os.strerror(ctypes.get_errno())
     return fd
-REFUSED = int(sys.argv[1])
+REFUSED = sys.argv[1]
 here, there = __import__("socket").socketpair()
 import array, socket
 pid = os.fork()
@@ -53,7 +57,8 @@ def supervise():
         if command == 5:
             with open(f"/proc/{who}/mem", "rb", 0) as memory:
                 memory.seek(attributes)
-                refuse = struct.unpack("<I", memory.read(4))[0] == REFUSED
+                kind, name = struct.unpack("<I44x16s", memory.read(64))
+                refuse = REFUSED in (str(kind), name.rstrip(bytes(1)).decode())
         answer = bytearray(struct.pack("<QqiI", ident, 0, -22 if refuse else 0, 0 if refuse else 1))
         try: fcntl.ioctl(listener, 0xc0182101, answer)
         except OSError: pass
@@ -90,6 +95,16 @@ def test_a_kernel_without_a_program_type(kind: int) -> None:
     assert all(name.startswith("BPF") for name in failed)
     text = run(sys.executable, "-c", LAUNCHER, str(kind), *SIDESTEP, "check").stdout
     assert any(line.startswith("FAIL") and "Invalid argument" in line for line in text.splitlines()), text
+
+
+def test_a_kernel_without_what_native_flows_need() -> None:
+    """It will do; what it cannot is said."""
+    assert findings(run(*SIDESTEP, "check", "--json"))["native flows"] == "ok"
+    done = run(sys.executable, "-c", LAUNCHER, "flows", *SIDESTEP, "check", "--json")
+    found = findings(done)
+    assert found.pop("native flows") == "warn"
+    assert [name for name, level in found.items() if level == "fail"] == []
+    assert done.returncode == 0
 
 
 def test_without_bpffs() -> None:
@@ -232,3 +247,34 @@ def test_the_agent_on_a_machine_that_lacks_something(tmp_path: Path, prefix: lis
     assert "Traceback" not in done.stderr
     assert sorted(tmp_path.iterdir()) == files  # no run directory, no socket
     assert not pins.exists()
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+def test_an_agent_that_cannot_have_native_flows(tmp_path: Path, lacks: bool) -> None:
+    """It works without them and says so."""
+    pins = Path(f"/sys/fs/bpf/t-check-{os.getpid()}")
+    alone = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    prefix = [sys.executable, "-c", LAUNCHER, "flows"] if lacks else []
+    (tmp_path / "state.yaml").write_text("{}")
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*alone, *prefix, *agent(tmp_path, "--bpf-dir", str(pins), "--same-node", "native")], stderr=out
+        )
+    try:
+        node = Node(tmp_path / "run" / "agent.sock")
+        status: dict[str, Any] = {}
+        deadline = time.monotonic() + 60
+        while not status:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            with suppress(NodeError):
+                status = node.ask("/status")
+            time.sleep(0.05)
+        lines = [line for line in log.read_text().splitlines() if "native_unavailable" in line]
+        assert status["settings"]["same_node"] == ("direct" if lacks else "native")
+        assert ("iterator" in status["no_native"]) is lacks
+        assert len(lines) == lacks and all("level=WARN" in line for line in lines)
+    finally:
+        process.terminate()
+        process.wait(20)
+        subprocess.run(["rm", "-rf", str(pins)], check=True)

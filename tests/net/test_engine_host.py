@@ -187,7 +187,7 @@ def test_what_is_no_packet_ends_the_connection(engine: EngineProcess, packet: by
     ("kind", "body", "error"),
     [
         (99, {}, "not known"),
-        (channel.POD_ADD, {"uid": "u"}, "takes 3 file descriptors"),
+        (channel.POD_ADD, {"uid": "u"}, "takes 3 or 8 file descriptors"),
         (channel.POD_MODE, {"uid": "u", "mode": "flying"}, "serving or draining"),
         (channel.POD_MODE, {"uid": "\0", "mode": "serving"}, "uid must be text"),
         (channel.POD_MODE, {"uid": "\ud800", "mode": "serving"}, "not"),
@@ -197,7 +197,7 @@ def test_what_is_no_packet_ends_the_connection(engine: EngineProcess, packet: by
         (channel.DUMP, {"what": "keys"}, "what is one of"),
         (channel.SETTINGS, {"cluster_cidrs": ["10.0.0.0/99"]}, "settings"),
         (channel.SETTINGS, {"cluster_cidrs": "10.0.0.0/8"}, "list of text"),
-        (channel.SETTINGS, {"same_node": "maybe"}, "direct or mtls"),
+        (channel.SETTINGS, {"same_node": "maybe"}, "direct, native or mtls"),
         (channel.IDENTITY_SET, {"identity": "spiffe://a/ns/b/sa/c"}, "chain_pem must be text"),
         (
             channel.IDENTITY_SET,

@@ -132,6 +132,28 @@ def rule_of(policy: Policy, connection: Connection) -> int:
     return -1
 
 
+def missed(policy: Policy, connection: Connection) -> list[list[str]]:
+    """Why no rule matches: for each rule the lists that stand in the way, in any match of any clause that does not
+    hold; "nothing" for a match that asks for nothing.
+    """
+    found = []
+    for rule in policy["rules"]:
+        names = set()
+        for clause in rule:
+            if not clause or any(match_matches(match, connection) for match in clause):
+                continue
+            for match in clause:
+                names |= {"nothing"} if not any(match.values()) else set()
+                for name, negation in NEGATIONS.items():
+                    positive, negative = match.get(name, ()), match.get(negation, ())
+                    if positive and not any(value_matches(name, each, connection) for each in positive):
+                        names.add(name)
+                    if any(value_matches(name, each, connection) for each in negative):
+                        names.add(negation)
+        found.append(sorted(names))
+    return found
+
+
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 

@@ -351,13 +351,14 @@ static unsigned model_choices(unsigned svc, int src, const struct addr *dst, boo
 {
         const struct model_service *s = &services[svc];
         unsigned n = 0, best = 0, full = s->nscopes;
+        bool near = false; /* one of them has an address of the same family */
         if (s->nscopes && s->scopes[0] == 6)
                 full = 2 * s->nscopes - 1;
         *elsewhere = false;
         for (unsigned pass = 0; pass < 2; pass++) {
                 for (unsigned i = 0; i < WORKLOADS; i++) {
                         const struct model_workload *w = &workloads[i];
-                        bool address = false;
+                        bool address = false, same = false;
                         may[i] = false;
                         if (!w->there || !member(svc, w) || (w->unhealthy && !s->allow_unhealthy) || w->capacity == 0 ||
                             !model_target(svc, w))
@@ -366,10 +367,19 @@ static unsigned model_choices(unsigned svc, int src, const struct addr *dst, boo
                                 *elsewhere = true;
                                 continue;
                         }
-                        for (unsigned k = 0; k < w->naddrs; k++)
+                        for (unsigned k = 0; k < w->naddrs; k++) {
+                                struct addr a = pool(w->addrs[k]);
                                 address |= allowed(s, w, k, dst);
+                                same |= allowed(s, w, k, dst) && addr_is_v4(&a) == addr_is_v4(dst);
+                        }
                         unsigned rank = model_rank(s, src, w);
                         if (!address || (s->mode == 1 && rank != full))
+                                continue;
+                        if (same && !near) { /* then those of the other family do not count at all */
+                                near = true;
+                                best = 0;
+                        }
+                        if (near && !same)
                                 continue;
                         if (s->mode == 2 && rank > best)
                                 best = rank;

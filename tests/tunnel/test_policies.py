@@ -67,6 +67,7 @@ def authz(client: Client, connection: Connection) -> dict[str, Any]:
 
 
 def test_authz_agrees_with_every_case(client: Client) -> None:
+    told: set[str] = set()
     for case in cases.CASES:
         state = [model.destination(case.workload, *cases.ADDRESSES), *model.records(case.policies)]
         assert client.apply(state, full=True)["rejected"] == []
@@ -81,7 +82,42 @@ def test_authz_agrees_with_every_case(client: Client) -> None:
             assert (shown["action"], shown["dry_run"]) == (policy["action"], policy["dryRun"])
             assert shown["rule"] == model.rule_of(policy, case.connection), case.name
             assert shown["matched"] == (shown["rule"] >= 0)
+            assert reasons(shown) == (None if shown["matched"] else model.missed(policy, case.connection)), case.name
+            told |= {name for rule in reasons(shown) or () for name in rule}
         assert listed == {}
+    assert told == {*model.NEGATIONS, *model.NEGATIONS.values(), "nothing"}  # each was a reason
+
+
+def reasons(shown: dict[str, Any]) -> list[list[str]] | None:
+    return [sorted(each) for each in shown["missed"]] if "missed" in shown else None
+
+
+def test_authz_says_why_nothing_matched(client: Client) -> None:
+    """Random policies, each rule with the lists that stand in the way, against the plain evaluator."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for _ in range(300):
+        policies = [{**each, "scope": "Global"} for each in some_policies(chance)]
+        workload = Workload("shop")
+        client.apply([model.destination(workload, *HERE), *model.records(policies)], full=True)
+        connection = a_connection(chance)
+        listed = {each["name"]: each for each in authz(client, connection)["policies"]}
+        for policy in policies:
+            expected = None if model.rule_of(policy, connection) >= 0 else model.missed(policy, connection)
+            assert reasons(listed[model.key(policy)]) == expected, (policy, connection)
+
+
+def test_reasons_are_bounded(client: Client) -> None:
+    """Of a policy at most 32 rules are explained; where names would find no room, fewer."""
+    rules = [cases.only(destinationPorts=[1], sourceIps=["192.0.2.0/24"])] * 40
+    names = [cases.policy(f"p{number:03}", *rules, scope="Global") for number in range(256)]
+    for policies in (names[:1], names):
+        client.apply([model.destination(cases.HERE, *cases.ADDRESSES), *model.records(policies)], full=True)
+        shown = authz(client, cases.TLS)["policies"]
+        assert len(shown) == len(policies)
+        assert reasons(shown[0]) == [["destinationPorts", "sourceIps"]] * 32
+    assert reasons(shown[-1]) == []
 
 
 def test_policies_come_back_as_they_went(client: Client) -> None:

@@ -25,11 +25,13 @@ HOST = "shop.default.svc.cluster.local"
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """client and near on one node, server and other on the next."""
+def nodes(tmp_path_factory: pytest.TempPathFactory, same_node: str) -> Iterator[Nodes]:
+    """client and near on one node, server and other on the next. Connections between client and near are native, if
+    any are."""
     places = {"client": 0, "near": 0, "server": 1, "other": 1}
-    with Nodes(tmp_path_factory.mktemp("routes"), places, workers=2) as made:
+    with Nodes(tmp_path_factory.mktemp("routes"), places, workers=2, same_node=same_node) as made:
         made.publish()
+        made.allow(made["client"], made["near"], PORT)
         yield made
 
 
@@ -37,17 +39,19 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 @pytest.mark.parametrize(("target", "protocol"), [("server", "HBONE"), ("near", "local")])
 def test_the_application_sees_the_client(nodes: Nodes, target: str, protocol: str, family: int) -> None:
     pod = nodes[target]
+    native = protocol == "local" and nodes.same_node == "native"
     with listen(pod.path, pod.address(family), PORT) as listener:
         with connect(nodes["client"].path, pod.address(family), PORT) as client:
             accepted, peer = listener.accept()
             with accepted:
                 assert peer[0] == nodes["client"].address(family)
+                assert native == (peer[1] == client.getsockname()[1])
                 accepted.sendall(b"the server speaks first")
                 assert client.recv(100) == b"the server speaks first"
                 engine = nodes.clients[0]
                 assert engine is not None
                 (shown,) = [item for item in engine.dump("connections") if item["direction"] == "outbound"]
-                assert (shown["protocol"], shown["tls"]) == (protocol, protocol == "HBONE")
+                assert (shown["protocol"], shown["tls"]) == ("native" if native else protocol, protocol == "HBONE")
                 assert shown["identity_peer"] == pod.identity
 
 
@@ -119,6 +123,44 @@ def endpoint(nodes: Nodes, pod: Pod, capacity: int, healthy: bool = True) -> pb.
     record.workload.capacity.value = capacity
     record.workload.status = pb.WorkloadStatus.HEALTHY if healthy else pb.WorkloadStatus.UNHEALTHY
     return record
+
+
+def of_one_family(nodes: Nodes, pod: Pod, family: int) -> pb.Address:
+    """An endpoint that has an address of that family only."""
+    record = endpoint(nodes, pod, 1)
+    record.workload.addresses[:] = [ipaddress.ip_address(pod.address(family)).packed]
+    return record
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_service_whose_endpoints_have_different_families(nodes: Nodes, family: int) -> None:
+    """The VIP's family goes first; an endpoint of the other one only where there is no other, on both ways."""
+    vips = ["10.99.0.1", "fd99::1"]
+    vip, other = vips[family == 6], 10 - family
+    client = nodes["client"]
+    try:
+        for ours, theirs in (("server", "near"), ("near", "server")):
+            nodes.apply(
+                service(vips),
+                of_one_family(nodes, nodes[ours], family),
+                of_one_family(nodes, nodes[theirs], other),
+            )
+            with (
+                listen(nodes[ours].path, nodes[ours].address(family), PORT) as here,
+                listen(nodes[theirs].path, nodes[theirs].address(other), PORT) as there,
+            ):
+                for _ in range(20):
+                    with connect(client.path, vip, 80):
+                        accepted, peer = here.accept()
+                        accepted.close()
+                        assert peer[0] == client.address(family)
+                nodes.apply(endpoint(nodes, nodes[ours], 1, healthy=False))
+                with connect(client.path, vip, 80):
+                    accepted, peer = there.accept()
+                    accepted.close()
+                    assert peer[0] == client.address(other)
+    finally:
+        nodes.publish()
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -283,6 +325,8 @@ def test_one_client_port_three_times_with_the_server_closing_first(nodes: Nodes,
     `inbound`: a client outside of the mesh.
     """
     server = nodes["near" if way == "same node" else "server"]
+    if way == "same node":
+        nodes.allow(nodes["client"], server, PORT)
     client, address = nodes["client"].path, nodes["client"].address(family)
     if way == "inbound":
         client, address = f"/run/netns/{nodes.router}", server.address(family)[:-1] + "1"
@@ -323,6 +367,7 @@ print(sys.argv[3], "connections, slowest", round(slowest, 3), "s")
 """
 
 
+@pytest.mark.parametrize("same_node", ["direct"], indirect=True)  # of two nodes, and long
 def test_thirty_thousand_connections_to_one_port(nodes: Nodes) -> None:
     """More than a client has ports: each comes round again while the engine's ends are in TIME_WAIT."""
     server = nodes["server"]

@@ -52,6 +52,14 @@ def test_two_hundred_at_once_as_without_the_mesh(tmp_path: Path, family: int) ->
         client = nodes.clients[0]
         assert client is not None
         assert client.dump("connections") == []
+    with Nodes(tmp_path, places, same_node="native", engines=(True, False)) as nodes:
+        nodes.publish()
+        nodes.allow(nodes["client"], nodes["near"], PORT)
+        near = nodes["near"].capture
+        assert near is not None
+        handed = near.counters()["to_application_vouched"]
+        assert talk(nodes, "near", family, cases) == expected
+        assert near.counters()["to_application_vouched"] == handed + len(cases)
 
 
 # -- resets ----------------------------------------------------------------------------------------------------------
@@ -119,12 +127,14 @@ def test_a_reset_is_the_same_error_at_the_same_side(
     with Nodes(tmp_path, places, engines=(False, False)) as plain:
         expected, _ = run(plain, "server")
     same = {"ConnectionResetError", "BrokenPipeError"}
-    with Nodes(tmp_path, places) as nodes:
-        nodes.publish()
-        for target in ("server", "near"):
-            how, received = run(nodes, target)
-            assert how == expected or {how, expected} == same
-            assert PATTERN.startswith(received)
+    for setting in ("direct", "native"):
+        with Nodes(tmp_path, places, same_node=setting) as nodes:
+            nodes.publish()
+            nodes.allow(nodes["client"], nodes["near"], PORT)
+            for target in ("server", "near"):
+                how, received = run(nodes, target)
+                assert how == expected or {how, expected} == same
+                assert PATTERN.startswith(received)
 
 
 def test_five_thousand_resets_beside_an_open_stream(tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ def mesh() -> Mesh:
                 "name": "db",
                 "hostname": "db.shop.svc.cluster.local",
                 "vips": ["/10.9.0.1", "/fd99::1"],
-            }
+            },
+            {"namespace": "shop", "name": "front", "hostname": "front.shop.svc.cluster.local", "vips": ["/10.9.0.2"]},
+            {"namespace": "shop", "name": "headless", "hostname": "headless.shop.svc.cluster.local"},
         ],
     }
     return Mesh(agents, pods, lambda noun, text: records[noun])
@@ -183,6 +185,8 @@ def test_targets(text: str, where: list[tuple[str, int]], note: str) -> None:
         ("shop/agent:80", "shop/agent uses the host's network"),
         ("shop/host:80", "pod shop/host has no record in the mesh \\(it uses the host's network\\)"),
         ("shop/nobody:80", "no workload shop/nobody is known"),
+        ("shop/front:80", "shop/front is a Service, not a pod; as TO say its address \\(10.9.0.2\\)"),
+        ("shop/headless:80", "shop/headless is a Service, not a pod; it has no address: say a pod"),
         ("shop/sa/nobody:80", "no workload shop/sa/nobody is known"),
         ("shop/web2", "shop/web2 declares no port and no Service leads to it: say shop/web2:PORT"),
         ("192.0.2.1:80", "is no workload and no Service"),
@@ -192,6 +196,9 @@ def test_targets(text: str, where: list[tuple[str, int]], note: str) -> None:
 def test_where_nothing_decides(text: str, why: str) -> None:
     with pytest.raises(NodeError, match=why):
         authz.targets(mesh(), parse(text, True), [])
+
+
+STATIC = f"istio-system/{policies.STATIC}"
 
 
 def test_pairs_are_of_one_family_and_not_with_oneself() -> None:
@@ -249,25 +256,135 @@ def test_what_people_read() -> None:
     assert unknown.startswith("cannot say: ") and "no identity (clear text)" in unknown
 
 
+@pytest.mark.parametrize(
+    ("identity", "workload", "allow"),
+    [
+        (f"spiffe://{TD}/ns/shop/sa/web", "db", True),
+        ("", "db", True),
+        ("spiffe://elsewhere/ns/shop/sa/web", "db", False),
+        (f"spiffe://{TD}.elsewhere/ns/shop/sa/web", "db", False),
+        ("spiffe://elsewhere/ns/shop/sa/web", "", True),  # nothing is known about the destination: as it was
+    ],
+)
+def test_a_stranger_does_not_come_as_far_as_policy(identity: str, workload: str, allow: bool) -> None:
+    answer = {"allow": True, "policy": "shop/p", "rule": 0, "reason": "allowed by: shop/p", "workload": workload}
+    found = authz.judged(TD, identity, answer)
+    assert found["allow"] is allow
+    assert found == answer if allow else (found["policy"], found["rule"]) == ("", -1)
+    assert allow or "refused in the handshake" in found["reason"]
+
+
+def test_who_cannot_prove_who_it_is_is_told() -> None:
+    """A certificate that is missing or has ended, of somebody who was asked about."""
+    held = {
+        "n2": [{"identity": "spiffe://x", "state": "expired", "error": "UNAVAILABLE: away"}],
+        "n1": [
+            {"identity": "spiffe://x", "state": "available", "error": "away"},
+            {"identity": "spiffe://y", "state": "missing", "error": ""},
+            {"identity": "spiffe://z", "state": "missing", "error": ""},
+        ],
+    }
+    first, second = authz.uncertified({"spiffe://x", "spiffe://y", ""}, held)
+    assert first.startswith("spiffe://y has no valid certificate on n1: it is missing; connections")
+    assert second.startswith("spiffe://x has no valid certificate on n2: it is expired (UNAVAILABLE: away); ")
+
+
+POLICY_LINES = [
+    ({"matched": True, "rule": 2}, "(DENY) matches by rules[2]"),
+    ({"dry_run": True, "matched": True, "rule": 0}, "(DENY, dry run: it decides nothing) matches by rules[0]"),
+    ({"missed": []}, "(DENY) does not match: it has no rules"),
+    (
+        {"missed": [["serviceAccounts", "destinationPorts"]]},
+        "does not match: rules[0] does not fit in serviceAccounts, ports",
+    ),
+    (
+        {"missed": [["notSourceIps"], ["nothing", "principals"]]},
+        "does not match: rules[0] does not fit in source notIpBlocks; "
+        "rules[1] has a part that L4 does not know, and never matches",
+    ),
+    ({"missed": [["principals"]] * 9}, "rules[7] does not fit in principals; and so on"),
+    ({}, "(DENY) does not match"),
+    (
+        {"name": STATIC, "missed": [["notPrincipals"]]},
+        f"{STATIC} (DENY, PeerAuthentication STRICT) does not match: the caller has an identity",
+    ),
+    ({"name": STATIC, "matched": True, "rule": 0}, "(DENY, PeerAuthentication STRICT) matches: no identity"),
+    (
+        {"name": "shop/converted_peer_authentication_own", "missed": [["destinationPorts"], ["destinationPorts"]]},
+        "(DENY, PeerAuthentication shop/own) does not match: not at this port",
+    ),
+]
+
+
+@pytest.mark.parametrize(("policy", "says"), POLICY_LINES)
+def test_why_a_policy_matches_or_not(policy: dict[str, Any], says: str) -> None:
+    considered = {"name": "shop/p", "action": "Deny", "dry_run": False, "matched": False, "rule": -1, **policy}
+    [text] = authz.told([authz.numbered(check(True, policies=[considered]), {})])
+    assert text.splitlines()[-1].endswith(says)
+
+
+def test_rules_have_the_numbers_of_the_object() -> None:
+    """Of four rules the first and the third were left out."""
+    considered = [
+        {"name": "shop/p", "action": "Allow", "dry_run": False, "matched": True, "rule": 1},
+        {"name": "shop/q", "action": "Allow", "matched": False, "rule": -1, "missed": [["principals"], []]},
+        {"name": "shop/r", "action": "Allow", "matched": False, "rule": -1, "missed": [["principals"]]},
+    ]
+    objects = {"shop/p": {"rules": [1, 3]}, "shop/q": {"rules": [1, 3]}}
+    found = authz.numbered(check(True, policies=considered), objects)
+    assert (found["policy"], found["rule"]) == ("shop/p", 3)
+    assert [each["rule"] for each in found["policies"]] == [3, -1, -1]
+    assert [[miss["rule"] for miss in each["missed"]] for each in found["policies"][1:]] == [[1, 3], [0]]
+    [text] = authz.told([found])
+    assert "because  explicitly denied by: shop/p, rules[3]" in text
+    assert "shop/q (ALLOW) does not match: rules[1] does not fit in principals" in text
+
+
+def test_peer_authentication_by_its_own_name() -> None:
+    """Where it denied, in the answer and among a pod's denials."""
+    [text] = authz.told([check(False, policy=STATIC, rule=0, reason=f"explicitly denied by: {STATIC}")])
+    meant = f"explicitly denied by: {STATIC} (PeerAuthentication STRICT: who has no identity is refused)"
+    assert f"  because  {meant}" in text.splitlines()
+    assert policies.in_words(f"explicitly denied by: {STATIC}") == meant
+    for reason in ("explicitly denied by: shop/p", "allow policies exist, but none allowed", "-"):
+        assert policies.in_words(reason) == reason
+
+
 def row(name: str, kind: str = "AuthorizationPolicy", accepted: bool = True, **more: Any) -> Any:
     said = {"action": "DENY", "scope": "NAMESPACE", "dry_run": False, "reason": "", "message": "", "selects": 1}
-    return {"kind": kind, "namespace": "shop", "name": name, "accepted": accepted, "not_enforced": [], **said, **more}
+    said |= {"not_enforced": [], "records": {f"shop/{name}": "v2"}}
+    return {"kind": kind, "namespace": "shop", "name": name, "accepted": accepted, **said, **more}
+
+
+STILL = "n1: its engine holds another version of"
 
 
 @pytest.mark.parametrize(
     ("policy", "keys", "why"),
     [
-        (row("p"), {"n1": ["shop/p"], "n2": ["shop/p"]}, []),
-        (row("p"), {"n1": ["shop/p"], "n2": []}, ["n2: its engine does not hold it (yet)"]),
+        (row("p"), {"n1": {"shop/p": "v2"}, "n2": {"shop/p": "v2"}}, []),
+        (row("p"), {"n1": {"shop/p": "v2"}, "n2": {}}, ["n2: its engine does not hold it (yet)"]),
+        (row("p"), {"n1": {"shop/p": "v1"}, "n2": {"shop/p": "v2"}}, [f"{STILL} it (still)"]),
+        (row("p"), {"n1": {"shop/p": ""}}, [f"{STILL} it (still)"]),  # stands in for what cannot be decoded
         (row("p"), {}, []),
-        (row("p", accepted=False, message="bad port"), {"n1": []}, ["bad port"]),
-        (row("p", accepted=False, not_enforced=["rules[0]: methods"]), {"n1": []}, ["rules[0]: methods"]),
-        (row("p", "PeerAuthentication"), {"n1": []}, []),
-        (row("p", "PeerAuthentication", not_enforced=["DISABLE"]), {"n1": []}, ["DISABLE"]),
+        (row("p", accepted=False, message="bad port", records={}), {"n1": {}}, ["bad port"]),
+        (
+            row("p", accepted=False, not_enforced=["rules[0]: methods"]),
+            {"n1": {"shop/p": "v1"}},
+            ["rules[0]: methods", f"{STILL} it (still)"],
+        ),
+        (row("p", "PeerAuthentication", records={}), {"n1": {}}, []),
+        (row("p", "PeerAuthentication", not_enforced=["DISABLE"], records={}), {"n1": {}}, ["DISABLE"]),
+        (row("p", "PeerAuthentication", records={STATIC: "v2"}), {"n1": {STATIC: "v2"}}, []),
+        (
+            row("p", "PeerAuthentication", records={STATIC: "v2", "shop/converted_peer_authentication_p": "v2"}),
+            {"n1": {"shop/converted_peer_authentication_p": "v1"}},
+            [f"n1: its engine does not hold {STATIC} (yet)", f"{STILL} shop/converted_peer_authentication_p (still)"],
+        ),
     ],
 )
-def test_policies_of_the_control_plane(policy: Any, keys: dict[str, list[str]], why: list[str]) -> None:
-    held = {node: [{"key": key} for key in each] for node, each in keys.items()}
+def test_policies_of_the_control_plane(policy: Any, keys: dict[str, dict[str, str]], why: list[str]) -> None:
+    held = {node: [{"key": key, "version": at} for key, at in each.items()] for node, each in keys.items()}
     [found] = policies.from_control([policy], held)
     assert found["not_enforced"] == why and found["enforced"] is not bool(why) and found["scope"] == "namespace"
 

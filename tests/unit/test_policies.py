@@ -329,6 +329,7 @@ def test_a_mixed_policy_says_what_of_each_rule() -> None:
     first, second = ruling.not_enforced
     assert all(word in first for word in ("methods", "requestPrincipals", "request.auth.presenter"))
     assert second.startswith("spec.rules[2]: ") and "to[0].operation.hosts" in second
+    assert ruling.rules == (1,)  # the number of the one that is left
 
 
 def test_a_principal_with_a_scheme_never_matches_and_that_is_said() -> None:

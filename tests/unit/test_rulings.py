@@ -126,6 +126,7 @@ class World:
     def __init__(self) -> None:
         self.mesh = Mesh(Cluster(), ROOT)
         self.policies: dict[str, Any] = {}
+        self.versions: dict[str, str] = {}
         self.workloads: dict[str, Any] = {}
 
     def put(self, obj: dict[str, Any], there: bool = True) -> None:
@@ -143,8 +144,10 @@ class World:
         """Takes what is due; the names of the workloads whose record was made again."""
         for name, entry in self.mesh.rulings.take().items():
             self.policies.pop(name, None)
+            self.versions.pop(name, None)
             if entry is not None:
                 assert entry.name == name
+                self.versions[name] = entry.version
                 self.policies[name] = pb.Authorization.FromString(entry.body)
         made = self.mesh.take()
         for name, entry in made.items():
@@ -573,10 +576,42 @@ def test_what_is_reported() -> None:
         "message": "accepted",
         "not_enforced": [],
         "selects": 1,
+        "records": {"shop/one": made.versions["shop/one"]},
+        "rules": [0],
     }
     assert said["two"]["dry_run"] and said["two"]["scope"] == "NAMESPACE" and said["three"]["scope"] == "GLOBAL"
     assert not said["five"]["accepted"] and len(said["five"]["not_enforced"]) == 1
     assert not said["six"]["accepted"] and said["six"]["not_enforced"]
+
+
+def test_the_records_that_stand_for_a_policy() -> None:
+    """Which an engine has to hold, by the versions that are served."""
+    made = world(
+        authorization({"action": "AUDIT"}, name="none"),
+        authorization({"rules": [{"to": [{"operation": {"methods": ["GET"]}}]}]}, name="part"),
+        peer(STRICT, name="common"),
+        peer(STRICT, name="own", app="a", ports={"80": PERMISSIVE}),
+        peer(PERMISSIVE, name="port", app="b", ports={"80": STRICT}),
+        peer(PERMISSIVE, name="lax", app="c"),
+        peer(UNSET, name="unset", namespace="other"),
+    )
+    said = {each["name"]: each["records"] for each in made.mesh.rulings.report()}
+    own, port = "shop/converted_peer_authentication_own", "shop/converted_peer_authentication_port"
+    names = {
+        "none": [],
+        "part": ["shop/part"],
+        "common": [STATIC],
+        "own": [STATIC, own],
+        "port": [port],
+        "lax": [],
+        "unset": [],
+    }
+    assert said == {name: {each: made.versions[each] for each in records} for name, records in names.items()}
+    assert {name for records in said.values() for name in records} == made.policies.keys()
+    made.put(peer(STRICT, name="own", app="a", ports={"81": PERMISSIVE}))
+    made.take()
+    [again] = [each["records"] for each in made.mesh.rulings.report() if each["name"] == "own"]
+    assert again == {each: made.versions[each] for each in (STATIC, own)} and again[own] != said["own"][own]
 
 
 # -- properties ------------------------------------------------------------------------------------------------------

@@ -13,30 +13,41 @@ import ipaddress
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from sidestep.cli.mesh import Mesh, endpoint, family, gather, not_as_written
+from sidestep.cli.mesh import Mesh, endpoint, family, gather, written
 from sidestep.cli.nodes import NodeError
+from sidestep.cli.policies import in_words, stands_for
 from sidestep.cli.show import add_options
 from sidestep.cli.table import Row
 from sidestep.node.pods import spiffe
 
 CHECKS_MAX = 512
+RULES_TOLD = 8
+# The lists of a match, in the words of an AuthorizationPolicy.
+MISFITS = {
+    "sourceIps": "source ipBlocks",
+    "notSourceIps": "source notIpBlocks",
+    "destinationIps": "destination.ip",
+    "notDestinationIps": "destination.ip (notValues)",
+    "destinationPorts": "ports",
+    "notDestinationPorts": "notPorts",
+}
 ALLOWED, DENIED, UNKNOWN = 0, 1, 2
 NOWHERE = {4: "0.0.0.0", 6: "::"}
 NAMES = """\
 FROM and TO are one of
   NAMESPACE/POD          a pod, by the name in the API
   NAMESPACE/sa/ACCOUNT   a service account: every pod that runs with it
-  spiffe://TD/ns/N/sa/A  the same by identity (FROM may be of another trust domain)
+  spiffe://TD/ns/N/sa/A  the same by identity (one of another trust domain is refused, whatever policies say)
   ADDRESS                IPv4 or IPv6, of a pod, of a Service or of somebody outside
 TO may end in :PORT, an IPv6 address with a port is written [ADDRESS]:PORT. Without a port every port is asked that
 the pod declares or a Service leads to.
 A FROM that is not enrolled has no identity: its connections are clear text, and so they are judged.
-rules[N] counts the rules of the policy as it is in force (`sidestep policies` tells of rules that are not).
+rules[N] is the rule's number in the policy (where no control plane can be asked: among those that are in force).
 Exit status: 0 all are allowed, 1 some are denied, 2 it cannot be said."""
 _LABEL = r"[a-z0-9](?:[-a-z0-9.]*[a-z0-9])?"
 _POD = re.compile(rf"({_LABEL})/({_LABEL})")
@@ -78,6 +89,7 @@ class Target:
     node: str
     address: str
     port: int
+    identity: str = ""
 
 
 def parse(text: str, port: bool) -> Name:
@@ -187,13 +199,18 @@ def _address_targets(mesh: Mesh, name: Name, notes: list[str]) -> list[Target]:
         wanted = sorted({int(to) for at, to in ports.items() if name.port in (0, int(at))})
         if wanted and _enrolled(each):
             same = [ip for ip in each.get("workloadIps") or () if family(ip) == family(name.address)]
-            found += [Target(_called(each), str(each.get("node") or ""), ip, port) for ip in same for port in wanted]
+            found += [_target(each, ip, port) for ip in same for port in wanted]
         elif wanted:
             notes.append(_not_guarded(each))
     if not found:
         at = f" with port {name.port}" if name.port else ""
         raise NodeError(f"{name} is Service {key}, and it has no endpoint{at} that the mesh guards")
     return found
+
+
+def _target(workload: Row, address: str, port: int) -> Target:
+    node, identity = str(workload.get("node") or ""), str(workload.get("identity") or "")
+    return Target(_called(workload), node, address, port, identity)
 
 
 def _guarded(
@@ -210,7 +227,7 @@ def _guarded(
             called = _called(each)
             missing.append(f"{called} declares no port and no Service leads to it: say {called}:PORT")
         for ip in addresses.get(str(each.get("uid"))) or each.get("workloadIps") or ():
-            found += [Target(_called(each), str(each.get("node") or ""), ip, number) for number in ports]
+            found += [_target(each, ip, number) for number in ports]
     if not found:
         raise NodeError("; ".join(missing) or "it has no address in the mesh")
     notes += missing
@@ -244,6 +261,11 @@ def _unknown(mesh: Mesh, name: Name) -> str:
     if pod is not None:
         why = "it uses the host's network" if pod.get("host_network") else pod.get("why") or "it has no address yet"
         return f"pod {name} has no record in the mesh ({why})"
+    service = mesh.service_named(name.namespace, name.name) if name.kind == "pod" else {}
+    if service:
+        addresses = [str(vip).rpartition("/")[2] for vip in service.get("vips") or ()]
+        how = f"as TO say its address ({', '.join(addresses)})" if addresses else "it has no address: say a pod"
+        return f"{name} is a Service, not a pod; {how}"
     return f"no workload {name} is known to the mesh; `sidestep workloads` lists them"
 
 
@@ -280,7 +302,7 @@ def ask(mesh: Mesh, caller: Caller, target: Target, notes: list[str]) -> dict[st
             "destination": endpoint(target.address, target.port),
         }
     )
-    answer = agent.node.ask(f"/authz?{query}")
+    answer = judged(mesh.trust_domain, caller.identity, agent.node.ask(f"/authz?{query}"))
     return {
         "from": {"name": caller.name, "identity": caller.identity, "address": caller.address},
         "to": {"name": target.name, "node": target.node, "address": target.address, "port": target.port},
@@ -292,6 +314,59 @@ def ask(mesh: Mesh, caller: Caller, target: Target, notes: list[str]) -> dict[st
         "policies": answer.get("policies") or [],
         "answered_by": str(answer.get("node") or ""),
     }
+
+
+def judged(trust_domain: str, identity: str, answer: Row) -> Row:
+    """The engine's answer about policy; of a caller of another trust domain what happens before any policy is asked:
+    its certificate is refused in the handshake. Pure.
+    """
+    theirs = identity.removeprefix("spiffe://").partition("/")[0]
+    if not identity or theirs == trust_domain or not answer.get("workload"):
+        return answer
+    why = f"refused in the handshake, before any policy: its trust domain is {theirs}, this mesh's is {trust_domain}"
+    return {**answer, "allow": False, "policy": "", "rule": -1, "reason": why}
+
+
+def numbered(check: dict[str, Any], objects: Mapping[str, Row]) -> dict[str, Any]:
+    """An answer with rules by their numbers in the objects, of which rules may have been left out. Pure."""
+
+    def number(name: str, rule: int) -> int:
+        numbers = (objects.get(name) or {}).get("rules") or ()
+        return int(numbers[rule]) if 0 <= rule < len(numbers) else rule
+
+    policies = []
+    for each in check["policies"]:
+        name, missed = each["name"], each.get("missed")
+        told = {**each, "rule": number(name, each.get("rule", -1))}
+        if missed is not None:
+            told["missed"] = [{"rule": number(name, rule), "lists": lists} for rule, lists in enumerate(missed)]
+        policies.append(told)
+    return {**check, "rule": number(check["policy"], check["rule"]), "policies": policies}
+
+
+def _certificates(mesh: Mesh, notes: list[str]) -> dict[str, Iterable[Row]]:
+    """By node."""
+    found: dict[str, Iterable[Row]] = {}
+    for agent in mesh.agents:
+        try:
+            found[agent.name] = agent.node.ask("/certificates")
+        except NodeError as error:
+            notes.append(str(error))
+    return found
+
+
+def uncertified(identities: Collection[str], held: Mapping[str, Iterable[Row]]) -> list[str]:
+    """Who of these cannot prove who it is now, by node: policy may allow it, the connection fails. Pure."""
+    found = []
+    for node, certificates in sorted(held.items()):
+        for each in certificates:
+            if each["identity"] in identities and each["state"] != "available":
+                why = f" ({each['error']})" if each.get("error") else ""
+                found.append(
+                    f"{each['identity']} has no valid certificate on {node}: it is {each['state']}{why}; "
+                    "connections of its pods there are refused, whatever policies say"
+                )
+    return found
 
 
 def status_of(checks: Sequence[Row]) -> int:
@@ -323,12 +398,14 @@ def run(args: argparse.Namespace) -> int:
         mesh = gather(args.lab, args.run_dir)
         notes += mesh.problems
         chosen = pairs(callers(mesh, asked_from, notes), targets(mesh, asked_to, notes), notes)
+        objects = written(mesh)
         for caller, target in chosen[:CHECKS_MAX]:
-            checks.append(ask(mesh, caller, target, notes))
-        unsaid = not_as_written(mesh)
+            checks.append(numbered(ask(mesh, caller, target, notes), objects))
+        notes += uncertified({each.identity for pair in chosen for each in pair}, _certificates(mesh, notes))
         for name in dict.fromkeys(each["name"] for check in checks for each in check["policies"]):
-            if name in unsaid:
-                notes.append(f"policy {name} is not in force as it is written: {unsaid[name]}")
+            row = objects.get(name)
+            if row is not None and not row.get("accepted"):
+                notes.append(f"policy {name} is not in force as it is written: {row.get('message')}")
     except (ValueError, NodeError) as error:
         for note in notes:
             print(f"sidestep authz: {note}", file=sys.stderr)
@@ -367,17 +444,43 @@ def told(checks: Iterable[Row]) -> list[str]:
 def _told(group: Sequence[Row]) -> str:
     first = group[0]
     word = "cannot say" if not first["known"] else "allowed" if first["allow"] else "DENIED"
-    rule = f", rules[{first['rule']}]" if first["rule"] >= 0 else ""
-    reason = first["reason"]
+    because = in_words(first["reason"])
+    if first["rule"] >= 0 and not stands_for(first["policy"]):
+        because += f", rules[{first['rule']}]"
     lines = [
         f"{word}: {first['from']['name']} -> {first['to']['name']}:{first['to']['port']}",
         f"  from     {first['from']['identity'] or 'no identity (clear text)'}"
         f" at {', '.join(dict.fromkeys(each['from']['address'] for each in group))}",
         f"  to       {', '.join(dict.fromkeys(each['to']['address'] for each in group))}",
-        f"  because  {reason}{rule}",
+        f"  because  {because}",
     ]
     for each in first["policies"]:
-        matched = f"matches by rules[{each['rule']}]" if each.get("matched") else "does not match"
-        dry = ", dry run: it decides nothing" if each.get("dry_run") else ""
-        lines.append(f"  policy   {each['name']} ({str(each['action']).upper()}{dry}) {matched}")
+        meant = stands_for(each["name"])
+        what = [str(each["action"]).upper(), *([meant] if meant else [])]
+        what += ["dry run: it decides nothing"] if each.get("dry_run") else []
+        lines.append(f"  policy   {each['name']} ({', '.join(what)}) {_whether(each, bool(meant))}")
     return "\n".join(lines)
+
+
+def _whether(policy: Row, peer: bool) -> str:
+    """Whether it matches, and by which rule; or why none does: for each rule what does not fit."""
+    if policy.get("matched"):
+        return "matches: no identity" if peer else f"matches by rules[{policy['rule']}]"
+    missed = policy.get("missed")
+    if missed is None:
+        return "does not match"
+    if peer:
+        known = any("notPrincipals" in each["lists"] for each in missed)
+        return "does not match: the caller has an identity" if known else "does not match: not at this port"
+    if not missed:
+        return "does not match: it has no rules"
+    parts = [f"rules[{each['rule']}] {_misfits(each['lists'])}" for each in missed[:RULES_TOLD]]
+    if len(missed) > RULES_TOLD:
+        parts.append("and so on")
+    return "does not match: " + "; ".join(parts)
+
+
+def _misfits(lists: Sequence[str]) -> str:
+    if "nothing" in lists:
+        return "has a part that L4 does not know, and never matches"
+    return f"does not fit in {', '.join(MISFITS.get(each, each) for each in lists)}"

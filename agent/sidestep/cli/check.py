@@ -184,10 +184,14 @@ def ports() -> list[Finding]:
 def bpf_features() -> list[Finding]:
     """Every program type and helper, loaded once for real (bpf/loader.c, capture_probe)."""
     try:
-        from sidestep.node.capture import probe
+        from sidestep.node.capture import native_problem, probe
     except ImportError as error:
         return [Finding("BPF", "fail", f"the extension is not built: {error}", "run `make build`")]
-    return [
+    found = [
         Finding(f"BPF {name}", "ok" if not problem else "fail", problem or "loads", advice if problem else "")
         for name, problem, advice in probe()
     ]
+    lacks = native_problem()
+    advice = "agents use --same-node direct instead of native: a kernel with BTF and CONFIG_INET_DIAG_DESTROY"
+    found.append(Finding("native flows", "warn" if lacks else "ok", lacks or "loads", advice if lacks else ""))
+    return found

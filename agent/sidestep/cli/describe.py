@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 from sidestep.cli.authz import NOWHERE, known_ports
 from sidestep.cli.mesh import Mesh, endpoint, family, gather, not_as_written
 from sidestep.cli.nodes import Answering, NodeError
-from sidestep.cli.policies import SCOPES
+from sidestep.cli.policies import SCOPES, in_words, stands_for
 from sidestep.cli.show import add_options
 from sidestep.cli.table import Row, duration, listed, table
 
@@ -170,7 +170,7 @@ def _print(page: Row) -> None:
         print("\npolicies that select it" + (":" if page["enrolled"] else ", NOT ENFORCED, for it is not enrolled:"))
         table(
             {
-                "POLICY": lambda row: row["name"],
+                "POLICY": _policy_name,
                 "ACTION": lambda row: row["action"],
                 "SCOPE": lambda row: row["scope"] or "-",
                 "DRY RUN": lambda row: "yes" if row["dry_run"] else "no",
@@ -190,11 +190,16 @@ def _print(page: Row) -> None:
                 "FROM": lambda row: row.get("src") or "-",
                 "IDENTITY": lambda row: row.get("identity") or "none",
                 "TO": lambda row: row.get("dst") or "-",
-                "WHY": lambda row: row.get("reason") or "-",
+                "WHY": lambda row: in_words(str(row.get("reason") or "-")),
             },
             page["denials"],
             "none",
         )
+
+
+def _policy_name(policy: Row) -> str:
+    meant = stands_for(policy["name"])
+    return f"{policy['name']} ({meant})" if meant else str(policy["name"])
 
 
 def _problem(policy: Row) -> str:

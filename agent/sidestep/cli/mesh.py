@@ -65,6 +65,11 @@ class Mesh:
                 return each
         return None
 
+    def service_named(self, namespace: str, name: str) -> Row:
+        """The Service of that name in the API; empty where there is none."""
+        found = self.look("services", f'"name":{json.dumps(name)}')
+        return next((each for each in found if (each.get("namespace"), each.get("name")) == (namespace, name)), {})
+
     def service(self, name: str) -> Row:
         """The service NAMESPACE/HOSTNAME; empty where there is none."""
         found = self.look("services", f'"key":{json.dumps(name)}')
@@ -104,15 +109,21 @@ def not_as_written(mesh: Mesh) -> dict[str, str]:
     """AuthorizationPolicies that the control plane could not make into what they say: NAMESPACE/NAME -> why. Empty
     where it cannot be asked: `sidestep policies` complains about that.
     """
-    found = {}
+    rows = written(mesh).items()
+    return {name: str(row.get("message") or row.get("reason")) for name, row in rows if not row.get("accepted")}
+
+
+def written(mesh: Mesh) -> dict[str, Row]:
+    """What the control plane made of AuthorizationPolicies, by NAMESPACE/NAME. Empty where it cannot be asked."""
+    found: dict[str, Row] = {}
     for address in control_addresses(mesh.agents):
         try:
             policies = control_status(address).get("policies") or ()
         except NodeError:
             continue
         for row in policies:
-            if row.get("kind") == "AuthorizationPolicy" and not row.get("accepted"):
-                found[f"{row['namespace']}/{row['name']}"] = str(row.get("message") or row.get("reason"))
+            if row.get("kind") == "AuthorizationPolicy":
+                found[f"{row['namespace']}/{row['name']}"] = row
     return found
 
 

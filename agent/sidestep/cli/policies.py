@@ -28,6 +28,20 @@ SCOPES = {
 }
 
 
+def stands_for(record: str) -> str:
+    """What a record was made of, where its name does not say so: "" for any but those of PeerAuthentications. Pure."""
+    namespace, _, name = record.rpartition("/")
+    if name == STATIC:
+        return "PeerAuthentication STRICT"
+    return f"PeerAuthentication {namespace}/{name.removeprefix(CONVERTED)}" if name.startswith(CONVERTED) else ""
+
+
+def in_words(reason: str) -> str:
+    """An engine's reason, with what the policy in it stands for. Pure."""
+    meant = stands_for(reason.rpartition(": ")[2])
+    return f"{reason} ({meant}: who has no identity is refused)" if meant else reason
+
+
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `policies`."""
     line = "the policies of the mesh, and what of them is not enforced"
@@ -80,16 +94,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def from_control(policies: Iterable[Row], held: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """One row for each object; what is not enforced of it, node by node where an engine does not hold it. Pure."""
-    keys = {node: {str(record.get("key")) for record in records} for node, records in held.items()}
+    """One row for each object; what is not enforced of it, node by node where an engine does not hold what was made of
+    it. Pure.
+    """
+    versions = {
+        node: {str(record.get("key")): str(record.get("version")) for record in records}
+        for node, records in held.items()
+    }
     rows = []
     for policy in sorted(policies, key=lambda each: (str(each["namespace"]), str(each["name"]), str(each["kind"]))):
         why = list(policy.get("not_enforced") or ())
         if not policy.get("accepted") and not why:
             why = [str(policy.get("message") or policy.get("reason") or "refused")]
-        key = f"{policy['namespace']}/{policy['name']}"
-        if policy["kind"] == AUTHORIZATION and policy.get("accepted"):
-            why += [f"{node}: its engine does not hold it (yet)" for node in sorted(keys) if key not in keys[node]]
+        for name, version in sorted((policy.get("records") or {}).items()):
+            it = "it" if name == f"{policy['namespace']}/{policy['name']}" else name
+            for node in sorted(versions):
+                if name not in versions[node]:
+                    why.append(f"{node}: its engine does not hold {it} (yet)")
+                elif versions[node][name] != version:
+                    why.append(f"{node}: its engine holds another version of {it} (still)")
         rows.append(
             {
                 "kind": policy["kind"],

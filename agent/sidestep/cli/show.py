@@ -74,8 +74,11 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
             found.append({"lab": node.lab} | node.ask("/status") | {"pod_list": node.ask("/pods")})
         except NodeError as error:
             problems.append(str(error))
+    addresses = sorted({str(row["control"].get("address") or "") for row in found} - {""})
+    refused = {address: _refused_policies(address) for address in addresses}
     if as_json:
-        json.dump(found, sys.stdout, indent=2)
+        told = [{**row, "refused_policies": refused.get(str(row["control"].get("address")), [])} for row in found]
+        json.dump(told, sys.stdout, indent=2)
         print()
         return _complain("status", problems)
     table(
@@ -90,6 +93,7 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
             "ENROLLED": lambda row: row["pods"]["enrolled"],
             "PENDING": lambda row: row["pods"]["pending"],
             "PROBES": lambda row: "exempt" if row["probes"]["active"] else "not exempt",
+            "SAME NODE": lambda row: row["settings"].get("same_node", "?"),
             "UP": lambda row: duration(row["uptime_s"]),
         },
         found,
@@ -102,11 +106,14 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
     for row in found:
         if row["control"].get("rejected"):
             print(f"\n{_node(row)} refused a part of the control plane's updates: {row['control']['rejected']}")
-    for address in sorted({str(row["control"].get("address") or "") for row in found} - {""}):
-        _refused_policies(address)
+    for policies in filter(None, refused.values()):
+        print("\npolicies that are not in force as they are written (`sidestep policies` says more):")
+        table({"POLICY": _pod, "KIND": lambda row: row["kind"], "WHY": lambda row: row["message"]}, policies, "")
     for row in found:
         if not row["probes"]["active"]:
             print(f"\n{_node(row)}: the kubelet's probes are clear text like any other: {row['probes']['reason']}")
+        if row.get("no_native"):
+            print(f"\n{_node(row)}: pods of this node speak through the engine, not natively: {row['no_native']}")
     raw = sum(row["pods"]["raw"] for row in found)
     if raw:
         print(
@@ -116,18 +123,16 @@ def _status(nodes: Iterable[Node], as_json: bool) -> int:
     return _complain("status", problems)
 
 
-def _refused_policies(address: str) -> None:
+def _refused_policies(address: str) -> list[Row]:
     """Policies that the control plane did not take as they are written. One that cannot be asked is the agents' to
     complain about.
     """
     try:
         policies = control_status(address).get("policies") or []
     except NodeError:
-        return
-    refused = [row for row in policies if not row.get("accepted")]
-    if refused:
-        print("\npolicies that are not in force as they are written (`sidestep policies` says why):")
-        table({"POLICY": _pod, "KIND": lambda row: row.get("kind"), "WHY": lambda row: row.get("message")}, refused, "")
+        return []
+    fields = ("kind", "namespace", "name", "reason", "message")
+    return [{field: row.get(field, "") for field in fields} for row in policies if not row.get("accepted")]
 
 
 def _node(row: Row) -> str:

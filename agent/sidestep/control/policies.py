@@ -49,7 +49,8 @@ T = TypeVar("T")
 class Ruling:
     """What became of a policy. `entry`: the record, None where none is sent; `selector`: the labels of the workloads
     that name it, None where it is for all of a scope, or for none; `not_enforced`: one line for each rule or field that
-    is not, or not as written, in force; `reason` and `message`: of the status condition.
+    is not, or not as written, in force; `reason` and `message`: of the status condition; `rules`: of each rule of the
+    record its number in the policy.
     """
 
     entry: Entry | None
@@ -61,6 +62,7 @@ class Ruling:
     reason: str = ACCEPTED
     message: str = "accepted"
     not_enforced: tuple[str, ...] = ()
+    rules: tuple[int, ...] = ()
 
     @property
     def good(self) -> bool:
@@ -131,7 +133,7 @@ class _Conversion:
     def ruling(self, rules: list[Any], last: Ruling | None) -> Ruling:
         """The ruling, with rules as they came."""
         record = self._record()
-        notes, unread = self.notes, []
+        notes, unread, kept = self.notes, [], []
         for index, each in enumerate(rules):
             rule = _Rule(f"spec.rules[{index}]", self._policy.namespace)
             made = rule.read(each)
@@ -145,11 +147,12 @@ class _Conversion:
             notes += [f"{rule.path}: NOT ENFORCED: {note}" for note in rule.idle]
             if not (rule.unsupported and self._action == "ALLOW"):
                 record.rules.append(made)
+                kept.append(index)
         if not rules and self._action == "DENY" and not self._faults:
             notes.append("spec.rules: NOT ENFORCED: DENY without rules denies nothing")
         if self._faults or (unread and self._action == "DENY"):
             return self._stand_in(record, [*self._faults, *unread], notes, last)
-        made_of = Ruling(entry_of(record), self._labels, self._action, self._scope, self._dry_run)
+        made_of = Ruling(entry_of(record), self._labels, self._action, self._scope, self._dry_run, rules=tuple(kept))
         if not notes:
             return made_of
         reason = INVALID if unread else UNSUPPORTED

@@ -51,6 +51,7 @@ class Rulings:
         self._due_demands: set[str] = set()  # namespaces; the root namespace means all; for records
         self._due_spaces: set[str] = set()  # the same, for groups
         self._parents: dict[str, str] = {}
+        self._strict = peers.strict(root)
 
     def pod(self, key: str, old: Pod | None, new: Pod | None) -> None:
         """A pod is new, changed, or gone (None)."""
@@ -186,7 +187,7 @@ class Rulings:
             made |= dict.fromkeys(old.keys() - new.keys()) | new
             if new:
                 self._own[space] = new
-        made[f"{self._root}/{peers.STATIC}"] = peers.strict(self._root) if self._demands else None
+        made[self._strict.name] = self._strict if self._demands else None
         self._due_demands = set()
         return made
 
@@ -281,9 +282,20 @@ class Rulings:
                     "message": ruling.message,
                     "not_enforced": list(ruling.not_enforced),
                     "selects": self._selects(kind, policy, ruling, counts),
+                    "records": self._records(kind, ruling),
+                    "rules": list(ruling.rules),
                 }
             )
         return found
+
+    def _records(self, kind: str, ruling: Ruling) -> dict[str, str]:
+        """The records that a policy was made into, and their versions: what every engine has to hold. (What an UNSET
+        one inherits is the other's.)
+        """
+        entries = [ruling.entry]
+        if kind == "PeerAuthentication" and ruling.action == peers.STRICT:
+            entries.append(self._strict)
+        return {entry.name: entry.version for entry in entries if entry is not None}
 
     def tally(self) -> dict[str, int]:
         """How many policies are in force as written, and how many are not."""

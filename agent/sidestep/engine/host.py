@@ -118,7 +118,7 @@ class Host:
             channel.SHUTDOWN: self._shutdown,
             channel.AUTHZ: self._authz,
         }
-        self._fds = {channel.POD_ADD: 3, channel.APPLY: 1}
+        self._fds = {channel.POD_ADD: (3, 8), channel.APPLY: (1,)}
 
     def close(self) -> None:
         """Ends the engine: every connection is reset, every listener closed."""
@@ -129,9 +129,10 @@ class Host:
         command = self._commands.get(kind)
         if command is None:
             raise CommandError(f"command {kind} is not known")
-        wanted = self._fds.get(kind, 0)
-        if len(fds) != wanted:
-            raise CommandError(f"{channel.NAMES[kind]} takes {wanted} file descriptors, not {len(fds)}")
+        wanted = self._fds.get(kind, (0,))
+        if len(fds) not in wanted:
+            numbers = " or ".join(map(str, wanted))
+            raise CommandError(f"{channel.NAMES[kind]} takes {numbers} file descriptors, not {len(fds)}")
         return command(body, fds)
 
     def idle(self) -> bool:
@@ -179,8 +180,8 @@ class Host:
 
     def _set_settings(self, body: Body, _: list[int]) -> Answer:
         same_node, unknown = _text(body, "same_node", "direct"), _text(body, "unknown", "hold")
-        if same_node not in ("direct", "mtls"):
-            raise CommandError(f"same_node is direct or mtls, not {same_node!r}")
+        if same_node not in ("direct", "native", "mtls"):
+            raise CommandError(f"same_node is direct, native or mtls, not {same_node!r}")
         if unknown not in ("hold", "pass"):
             raise CommandError(f"unknown is hold or pass, not {unknown!r}")
         cidrs = _texts(body, "cluster_cidrs")
@@ -197,7 +198,8 @@ class Host:
         settings.root_namespace = text(_text(body, "root_namespace", "istio-system"))
         settings.node = text(_text(body, "node", ""))
         settings.cluster_cidrs = text(",".join(cidrs))
-        settings.same_node_mtls, settings.unknown_pass = same_node == "mtls", unknown == "pass"
+        settings.same_node_mtls, settings.same_node_native = same_node == "mtls", same_node == "native"
+        settings.unknown_pass = unknown == "pass"
         self._check("settings", self._lib.tunnel_settings(self._tunnel, settings))
         self._settings = {
             "network": _text(body, "network", ""),
@@ -231,7 +233,9 @@ class Host:
             setattr(pod, name, value)
         pod.netns_cookie, pod.netns_ino = _number(body, "netns_cookie"), _number(body, "netns_ino")
         ports = self._ffi.new("struct tunnel_ports *")
-        self._check(f"add pod {uid}", self._lib.tunnel_pod_add(self._tunnel, pod, fds[0], fds[1], fds[2], ports))
+        vouch = self._ffi.new("int[]", fds[3:]) if fds[3:] else self._ffi.NULL
+        result = self._lib.tunnel_pod_add(self._tunnel, pod, fds[0], fds[1], fds[2], vouch, ports)
+        self._check(f"add pod {uid}", result)
         was = self._pods.get(uid)
         mode = was.mode if was and was.netns_cookie == pod.netns_cookie else "serving"
         found = (int(ports.outbound), int(ports.inbound), int(ports.hbone))
@@ -299,6 +303,8 @@ class Host:
         for line in self._ffi.string(report).decode("utf-8", "replace").splitlines():
             name, _, reason = line.partition(": ")
             rejected.append({"name": name, "reason": reason})
+        if body.get("whole") is True:
+            self._check("apply", self._lib.tunnel_whole(self._tunnel))
         counts = self._ffi.new("struct tunnel_counts *")
         self._lib.tunnel_counts(self._tunnel, counts)
         reply: dict[str, object] = {

@@ -34,6 +34,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "-f", "--file", action="append", default=[], metavar="PATH", help="manifest or directory; repeatable"
     )
     up.add_argument("--timeout", type=float, default=120, metavar="S", help="how long pods may take (default: 120)")
+    up.add_argument("--same-node", choices=("direct", "native", "mtls"), help="as of the agent")
     up.add_argument(
         "--agent-arg", action="append", default=[], metavar="ARG", help="for every agent: --agent-arg=--x=y"
     )
@@ -75,9 +76,10 @@ def _up(args: argparse.Namespace) -> int:
 
     check_name(args.name)
     found = manifests.read(args.file)
+    same_node = [f"--same-node={args.same_node}"] if args.same_node else []
     return up.up(
         args.name, args.nodes, args.plain, found, timeout_s=args.timeout,
-        extra={"agent": args.agent_arg, "engine": args.engine_arg, "control": args.control_arg},
+        extra={"agent": [*same_node, *args.agent_arg], "engine": args.engine_arg, "control": args.control_arg},
     )  # fmt: skip
 
 

@@ -128,6 +128,7 @@ class Pages:
             "control": self._control(),
             "settings": dict(agent.place.settings),
             "probes": agent.probes.status(),
+            "no_native": agent.place.no_native,
             "pods": {
                 "total": len(agent.pods),
                 "enrolled": sum(1 for pod in pods if pod["enrolled"]),

@@ -61,6 +61,7 @@ class Place:
     settings: Mapping[str, Any]
     excluded: frozenset[str] = EXCLUDED_NAMESPACES
     cluster_domain: str = "cluster.local"  # the DNS suffix of Services
+    no_native: str = ""  # why same_node is direct where native was asked for
 
 
 class Agent:
@@ -423,6 +424,8 @@ class Agent:
             resident.engine, resident.listeners = Serving.ABSENT, False
             if has is None or (resident.netns is not None and has.netns_cookie != resident.netns.cookie):
                 continue
+            if self.names.native and hello.same_node != "native" and has.mode == "serving":
+                continue  # It was added without what native flows need: once more, which changes nothing else.
             resident.engine = Serving.DRAINING if has.mode == "draining" else Serving.SERVING
             resident.ports = has.ports
             if resident.capture is not Capture.ABSENT:
@@ -544,7 +547,23 @@ class Agent:
                     resident.listeners = False
                     resident.wake.set()
             await self.probes.keep()
+            if self.names.native:
+                await self._sweep()
             self._gauges()
+
+    async def _sweep(self) -> None:
+        """What vouched flows leave behind that nobody came for."""
+        for resident in list(self.residents.values()):
+            if resident.capture in _UNATTACHED:
+                continue
+            try:
+                await self.captures.sweep(resident.uid, resident.netns)
+            except CaptureError as err:
+                log.event("sweep_failed", pod=resident.key, error=err)
+        try:
+            await self.captures.sweep_notes()
+        except CaptureError as err:
+            log.event("sweep_failed", error=err)
 
     def _probed(self) -> tuple[Ports, bool]:
         """Ports of captured pods that the kubelet may ask; port 0 stands for the pod. All of them, or is the API's list
@@ -567,6 +586,7 @@ class Agent:
         self.metrics.set("workload_manager_pending_proxy_count", len(wanted) - len(served))
         self.metrics.set("sidestep_pods_raw", sum(1 for r in served if r.pod is not None and r.pod.raw))
         self.metrics.set("sidestep_engine_up", int(self.engine.up))
+        self.metrics.set("sidestep_same_node_native", int(self.names.native))
         self.metrics.set("sidestep_agent_log_lines_dropped_total", log.dropped())
         now = time.time()
         states = [identity.valid(now) for identity in self.identities]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sidestep import _bpf
+from sidestep.node import log
 from sidestep.node.netns import Netns
 from sidestep.node.reconcile import Capture
 
@@ -41,7 +42,7 @@ _MISSING = {
     _lib.CAPTURE_NO_ACCEPT_LOCAL: "accept_local of lo",
 }
 _ALL_SLOTS = (1 << _lib.SLOT_COUNT) - 1
-_LAYOUT = "v1"  # CAPTURE_LAYOUT of bpf/loader.h
+_LAYOUT, _FORMER = "v2", "v1"  # CAPTURE_LAYOUT and CAPTURE_FORMER of bpf/loader.h
 _NODE = "node"  # the kubelet exemption's pins, beside the pods'
 _NOTES = {_lib.KUBELET_NOTED: "noted", _lib.KUBELET_REFUSED: "refused_port", _lib.KUBELET_FULL: "full"}
 
@@ -84,10 +85,13 @@ class Captures:
     """The instances of this node. A netns that is handed in may be closed by its owner at any time."""
 
     def __init__(self, directory: Path) -> None:
-        """Opens (and makes) the directory of pins. Raises CaptureError where it is not on a bpffs."""
+        """Opens (and makes) the directory of pins; takes over what an agent of the layout before left. Raises
+        CaptureError where it is not on a bpffs, or where that cannot be done: it then stays as it is.
+        """
         _require_bpffs(directory)
         self._directory = directory / _LAYOUT
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._upgrade(directory / _FORMER)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="capture")
 
     def close(self) -> None:
@@ -110,6 +114,20 @@ class Captures:
             return found
 
         return await self._call(work)
+
+    def _upgrade(self, former: Path) -> None:
+        if not former.is_dir():
+            return
+
+        def take_over(uid: str) -> None:
+            _check(lambda error: _lib.capture_upgrade(str(former / uid).encode(), self._pins(uid), error))
+            log.event("pins_upgraded", pod=uid, layout=_LAYOUT)
+
+        for uid in sorted(os.listdir(former)):
+            if uid != _NODE:
+                take_over(uid)
+        _check(lambda error: _lib.kubelet_detach(str(former / _NODE).encode(), error))
+        former.rmdir()
 
     def _read(self, uid: str) -> Found:
         mode, inode = _ffi.new("uint32_t *"), _ffi.new("uint64_t *")
@@ -194,15 +212,29 @@ class Captures:
         return await self._call(work)
 
     @asynccontextmanager
-    async def maps(self, uid: str) -> AsyncIterator[tuple[int, int]]:
-        """File descriptors of `listeners` and `engine_sk`, closed at the end."""
-        listeners, engine_sk = _ffi.new("int *"), _ffi.new("int *")
+    async def maps(self, uid: str, native: bool = False) -> AsyncIterator[tuple[int, ...]]:
+        """File descriptors of `listeners` and `engine_sk`, closed at the end; `native`: and of what the engine needs to
+        vouch for flows.
+        """
+        listeners, engine_sk, vouch = _ffi.new("int *"), _ffi.new("int *"), _ffi.new("int[]", _lib.VOUCH_FDS)
         await self._call(lambda: _check(lambda error: _lib.capture_maps(self._pins(uid), listeners, engine_sk, error)))
+        fds = [int(listeners[0]), int(engine_sk[0])]
         try:
-            yield int(listeners[0]), int(engine_sk[0])
+            if native:
+                await self._call(lambda: _check(lambda error: _lib.capture_vouch(self._pins(uid), vouch, error)))
+                fds += list(vouch)
+            yield tuple(fds)
         finally:
-            os.close(listeners[0])
-            os.close(engine_sk[0])
+            for fd in fds:
+                os.close(fd)
+
+    async def sweep(self, uid: str, netns: Netns | None) -> None:
+        """Forgets SYNs of vouched flows that need not be remembered any more."""
+        await self._inside(netns, _lib.capture_sweep, uid, None)
+
+    async def sweep_notes(self) -> None:
+        """Takes out what nobody took; also where there are no pods."""
+        await self._call(lambda: _check(lambda error: _lib.capture_sweep_notes(self._node(), error)))
 
     def _node(self) -> bytes:
         return str(self._directory / _NODE).encode()
@@ -239,6 +271,15 @@ def probe() -> Iterator[tuple[str, str, str]]:
             "a kernel of 5.15 or newer with BPF, and CAP_BPF and CAP_NET_ADMIN",
         )
         number += 1
+
+
+def native_problem() -> str:
+    """What this kernel lacks for native flows between pods of one node, "" for nothing."""
+    try:
+        _check(_lib.capture_native)
+    except CaptureError as err:
+        return str(err)
+    return ""
 
 
 def require(directory: Path) -> None:

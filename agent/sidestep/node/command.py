@@ -17,7 +17,10 @@ from pathlib import Path
 
 from sidestep.node.pods import EXCLUDED_NAMESPACES
 
-_M_ARENA_MAX = -8  # mallopt(3): each thread's own arena would keep what it once used
+# mallopt(3). Each thread's own arena would keep what it once used; and the buffers of libbpf (a copy of the kernel's BTF
+# each time) would stay in the heap for good whenever something small came to lie behind them.
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
+_LARGE = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--cluster-domain", default="cluster.local", metavar="DOMAIN", help="DNS suffix of Services")
     add("--cluster-id", default="Kubernetes", metavar="ID")
     add("--network", default="", metavar="N")
-    add("--same-node", choices=("direct", "mtls"), default="direct", help="between two pods of this node")
+    add(
+        "--same-node",
+        choices=("direct", "native", "mtls"),
+        default="direct",
+        help="between two pods of this node: through the engine without TLS (direct), by the kernel alone once a first "
+        "connection was allowed (native), with TLS (mtls)",
+    )
     add("--unknown", choices=("hold", "pass"), default="hold", help="cluster addresses without a record")
     add("--drain-quiet-s", type=float, default=10.0, metavar="S", help="quiet time before a released pod is let go")
     add("--pod-netns-dir", type=Path, metavar="DIR", help="where the runtime pins namespaces, named by pod UID")
@@ -138,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"sidestep agent: {err}", file=sys.stderr)
         return 1
     ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
     from sidestep.kube.client import ConfigError
     from sidestep.node.capture import CaptureError
     from sidestep.node.statefile import StateError

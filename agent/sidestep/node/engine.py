@@ -67,7 +67,9 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What the engine holds. `identities`: URI -> (not_after, serial); `versions`: (kind, name) -> version."""
+    """What the engine holds. `identities`: URI -> (not_after, serial); `versions`: (kind, name) -> version; of its
+    settings `same_node`, "" for none.
+    """
 
     generation: str
     pid: int
@@ -75,6 +77,7 @@ class Hello:
     pods: Mapping[str, EnginePod]
     identities: Mapping[str, tuple[float, str]]
     versions: Mapping[tuple[str, str], str]
+    same_node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,10 @@ class Engine:
         identities = {
             each["id"]: (float(each["not_after"]), str(each.get("serial", ""))) for each in body.get("identities") or ()
         }
-        return Hello(str(engine.get("generation", "")), int(engine.get("pid", 0)), engine, pods, identities, versions)
+        same_node = str((body.get("settings") or {}).get("same_node", ""))
+        return Hello(
+            str(engine.get("generation", "")), int(engine.get("pid", 0)), engine, pods, identities, versions, same_node
+        )
 
     async def _read(self, connection: socket.socket) -> None:
         """Hands replies to those who wait, until the engine closes."""
@@ -248,8 +254,10 @@ class Engine:
         """SETTINGS."""
         await self._simple(channel.SETTINGS, settings)
 
-    async def pod_add(self, pod: PodSpec, netns: int, listeners: int, engine_sk: int) -> Ports:
-        """POD_ADD: the engine listens when this returns."""
+    async def pod_add(self, pod: PodSpec, netns: int, maps: Sequence[int]) -> Ports:
+        """POD_ADD: the engine listens when this returns. `maps`: listeners and engine_sk, or those and what native
+        flows need.
+        """
         body = {
             "uid": pod.uid,
             "namespace": pod.namespace,
@@ -261,7 +269,7 @@ class Engine:
             "netns_cookie": pod.netns_cookie,
             "netns_ino": pod.netns_ino,
         }
-        return _ports((await self._simple(channel.POD_ADD, body, (netns, listeners, engine_sk)))["ports"])
+        return _ports((await self._simple(channel.POD_ADD, body, (netns, *maps)))["ports"])
 
     async def pod_mode(self, uid: str, mode: str) -> None:
         """POD_MODE: `serving` or `draining`."""
@@ -290,13 +298,13 @@ class Engine:
         """IDENTITY_DEL."""
         await self._simple(channel.IDENTITY_DEL, {"identity": uri})
 
-    async def apply(self, batch: Batch) -> list[tuple[str, str]]:
+    async def apply(self, batch: Batch, whole: bool = False) -> list[tuple[str, str]]:
         """APPLY; ends the batch. Returns the rejected records: (name, reason). When it returns every worker has
-        adopted the state and has reset the open connections that it denies.
+        adopted the state and has reset the open connections that it denies. `whole`: with it the state is complete.
         """
         memfd, size = batch.seal()
         try:
-            answer, received = await self._call(channel.APPLY, {"size": size}, (memfd,), APPLY_S)
+            answer, received = await self._call(channel.APPLY, {"size": size, "whole": whole}, (memfd,), APPLY_S)
         finally:
             os.close(memfd)
         _close(received)

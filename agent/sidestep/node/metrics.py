@@ -36,6 +36,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "sidestep_cni_requests_total": ("counter", "Calls of the CNI plugin, by command and result"),
     "sidestep_engine_connects_total": ("counter", "Connections made to the engine"),
     "sidestep_engine_up": ("gauge", "1 while the engine answers"),
+    "sidestep_same_node_native": ("gauge", "1 where connections between two pods of this node may pass natively"),
     "sidestep_agent_log_lines_dropped_total": ("counter", "Log lines of the agent lost because nobody read them"),
     "process_open_fds": ("gauge", "Open file descriptors of the agent"),
     "process_max_fds": ("gauge", "Limit of open file descriptors of the agent"),

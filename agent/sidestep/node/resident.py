@@ -110,12 +110,15 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What turns a pod into its names in the mesh, and the node's settings that steps need."""
+    """What turns a pod into its names in the mesh, and the node's settings that steps need. `native`: the engine is
+    given what it needs to vouch for flows between pods of this node.
+    """
 
     trust_domain: str
     cluster_id: str
     drain_quiet_ms: int
     netns_dir: Path | None
+    native: bool = False
 
     def identity(self, pod: Pod) -> str:
         """The SPIFFE URI the pod speaks with."""
@@ -339,8 +342,8 @@ class Steps:
         )
         fd = os.dup(netns.fd)
         try:
-            async with self._captures.maps(resident.uid) as (listeners, engine_sk):
-                resident.ports = await self._engine.pod_add(spec, fd, listeners, engine_sk)
+            async with self._captures.maps(resident.uid, self._names.native) as maps:
+                resident.ports = await self._engine.pod_add(spec, fd, maps)
         finally:
             os.close(fd)
         resident.engine = Serving.SERVING

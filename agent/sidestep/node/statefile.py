@@ -153,7 +153,7 @@ class FileFeed:
                 with Batch(full=True) as batch:
                     for record in self._state.records:
                         batch.add(Record(Op.ADDRESS_SET, *record))
-                    rejected = await self._agent.engine.apply(batch)
+                    rejected = await self._agent.engine.apply(batch, whole=True)
             except EngineError as err:
                 log.event("state_file_not_applied", error=err)
                 continue

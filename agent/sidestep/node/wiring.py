@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sidestep.node import ca, cni, httpd, log
 from sidestep.node.admin import Pages, only_local
 from sidestep.node.agent import Agent, Authority, CertificateError, Place
 from sidestep.node.api import ClusterApi, reflectors, root_reflector
-from sidestep.node.capture import Captures, require
+from sidestep.node.capture import Captures, native_problem, require
 from sidestep.node.command import Config
 from sidestep.node.events import Reporter
 from sidestep.node.metrics import Metrics
@@ -49,18 +50,28 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
         loop.add_signal_handler(number, stop.set)
     require(config.bpf_dir)  # before anything is made: what cannot work leaves nothing
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    no_native = native_problem() if config.same_node == "native" else ""
+    if no_native:
+        log.event("native_unavailable", level="WARN", reason=no_native, hint="same_node is direct on this node")
+        config = replace(config, same_node="direct")
     metrics = Metrics()
     if config.state_file is not None:
         from sidestep.node import statefile  # YAML and X.509 parsing cost memory that only tests need
     async with KubeClient.from_config(config.kubeconfig) as client:
         api = ClusterApi(client, config.system_namespace)
         captures = Captures(config.bpf_dir)
-        names = Names(config.trust_domain, config.cluster_id, int(config.drain_quiet_s * 1000), config.pod_netns_dir)
+        names = Names(
+            trust_domain=config.trust_domain,
+            cluster_id=config.cluster_id,
+            drain_quiet_ms=int(config.drain_quiet_s * 1000),
+            netns_dir=config.pod_netns_dir,
+            native=config.same_node == "native",
+        )
         channels = Channels(config, api)
         files = statefile.FileAuthority() if config.state_file is not None else None
         authority: Authority = files or ca.Authority(channels.get, config.token_file, config.cluster_id)
         agent = Agent(
-            place=Place(config.node, _settings(config), config.excluded, config.cluster_domain),
+            place=Place(config.node, _settings(config), config.excluded, config.cluster_domain, no_native),
             names=names,
             captures=captures,
             engine_path=config.engine_socket,

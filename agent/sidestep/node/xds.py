@@ -203,7 +203,7 @@ class Stream:
         self._metrics.add("istio_xds_message_bytes_total", response.ByteSize(), url=url)
         with Batch() as batch:
             rejected = _fill(batch, url, response)
-            answers = await self._engine.apply(batch)
+            answers = await self._engine.apply(batch, whole=self._acked | {url} >= KINDS.keys())
         cut = sum(len(name.encode()) + len(reason) + 3 for name, reason in answers) > REPORT_FULL
         told = dict(answers)
         for resource in response.resources:

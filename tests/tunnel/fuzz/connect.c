@@ -257,7 +257,7 @@ static void set_up(void)
         make_namespace();
         must(tunnel_new(&engine, &config) == 0 && tunnel_settings(engine, &settings) == 0 &&
                      tunnel_identity_set(engine, IDENTITY, "", "", "", &not_after) == 0 &&
-                     tunnel_pod_add(engine, &described, inside, -1, -1, &ports) == 0,
+                     tunnel_pod_add(engine, &described, inside, -1, -1, NULL, &ports) == 0,
              "the engine");
         apply_workload(described.workload, own);
         apply_workload("Kubernetes//Pod/default/other", other);
