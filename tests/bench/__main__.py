@@ -134,14 +134,15 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 class Progress:
-    """Says what runs now: on a terminal over the last line, else a line for each part, and how long all has taken."""
+    """Says what runs now: on a terminal over the last line, else a line for each step, of the rows for each round; and
+    how long all has taken."""
 
     def __init__(self) -> None:
         self._started, self._part = time.monotonic(), ""
 
     def __call__(self, text: str) -> None:
-        """`text`: the part, a colon, the rest."""
-        part = text.partition(":")[0]
+        """`text`: what runs now; a round, a colon, the case."""
+        part = text.partition(":")[0] if text.startswith("round") else text
         took = f"{time.monotonic() - self._started:5.0f} s"
         if sys.stderr.isatty():
             print(f"\r{took}  {text:100.100}", end="", file=sys.stderr, flush=True)
@@ -164,6 +165,7 @@ class Run:
         self.tell = tell
         self.results: list[Result] = []
         self.memory: dict[str, Any] = {"idle": {}, "after": {}}
+        self.node: dict[str, float] = {}
         self.idle: list[dict[str, Any]] = []
         self.singles: dict[str, list[float] | None] = {}
         self.fleet: dict[str, Any] = {}
@@ -177,10 +179,12 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as name:
             folder = Path(name)
             if {"rows", "singles"} & set(options.only):
-                self.tell(f"labs come up: {', '.join(options.targets)}")
-                with targets(
-                    folder, options.targets, options.peer, dict(options.variant), enrol=not options.control
-                ) as found:
+                with (
+                    self.noting(f"labs come up: {', '.join(options.targets)}"),
+                    targets(
+                        folder, options.targets, options.peer, dict(options.variant), enrol=not options.control
+                    ) as found,
+                ):
                     self._labs(found)
             if options.control or OURS not in options.targets:
                 return
@@ -207,6 +211,7 @@ class Run:
         options = self.options
         self.about = {target.name: target.about for target in found}
         self.memory["idle"] = figures.memory(found)
+        self.node = figures.node(found)
         singles = "singles" in options.only and not options.control
         ours = [target for target in found if target.name in (OURS, FAST)]
         if singles:
@@ -230,9 +235,9 @@ class Run:
     def _singles(self, target: Target) -> None:
         """Of a lab of ours that is up; memory is that of the lab that has more."""
         rounds, seconds = min(self.options.rounds, 3), self.options.seconds
-        for key in ("memory_first", "memory"):
-            total = sum(self.memory["idle"][target.name][name] for name in ("agent, node1", "engine, node1"))
-            self.singles[key] = [max([total, *(self.singles.get(key) or [])])]
+        total = sum(self.memory["idle"][target.name][name] for name in ("agent, node1", "engine, node1"))
+        for key, mib in (("memory_first", total), ("memory", total), ("memory_own", self.node[target.name])):
+            self.singles[key] = [max([mib, *(self.singles.get(key) or [])])]
         if target.name == FAST:
             return
         with self.noting(f"bulk beside {figures.STALLED} readers that do not read", "stalled"):
@@ -290,7 +295,7 @@ def bench(options: argparse.Namespace) -> int:
     described = machine.describe()
     tell = Progress()
     run = Run(options, tell)
-    with run.noting("labs come up"):  # what was found until it broke is worth keeping
+    with run.noting("begin"):  # what was found until it broke is worth keeping
         run.measure()
     took = tell.over()
     found = run.report(described)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.bench.load import LoadError, build
-from tests.bench.machine import pss_mib
+from tests.bench.machine import node_mib, pss_mib
 from tests.bench.results import FAST, OURS
 from tests.bench.rows import LOAD_PORT, ROWS
 from tests.bench.side import Side
@@ -58,6 +58,17 @@ def memory(targets: Sequence[Target]) -> dict[str, dict[str, float]]:
         name: {process: round(pss_mib(*pids), 1) for process, pids in processes.items()}
         for name, processes in found.items()
         if processes
+    }
+
+
+def node(targets: Sequence[Target]) -> dict[str, float]:
+    """Agent and engine of node1, of each target that has them, as on a machine of their own: MiB."""
+    parts = ("agent, node1", "engine, node1")
+    found = {target.name: target.processes() for target in targets}
+    return {
+        name: node_mib(*(pid for part in parts for pid in processes[part]))
+        for name, processes in found.items()
+        if parts[0] in processes
     }
 
 

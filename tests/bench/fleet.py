@@ -22,7 +22,7 @@ from sidestep.kube.client import KubeClient
 from sidestep.lab.cluster import load
 from tests.bench.envoy import ENDPOINTS, NAMESPACES, SERVICES, sidecars
 from tests.bench.load import LoadError, Sample, answer, build, sample
-from tests.bench.machine import Cpu, pss_mib, worked
+from tests.bench.machine import Cpu, node_mib, pss_mib, worked
 from tests.bench.results import spread
 from tests.bench.rows import LOAD_PORT, Row
 from tests.bench.side import SERVERS, Side, lab, namespace, pod, sleeper
@@ -77,10 +77,10 @@ def _run(target: Target, pods: Sequence[str], seconds: float) -> tuple[list[Samp
     return samples, cpu.over(sum(each.total_ops for each in samples))
 
 
-def node_mib(target: Target, pods: Sequence[str]) -> float:
-    """PSS of the proxies of node1: those of its pods, or agent and engine."""
+def proxies(target: Target, pods: Sequence[str]) -> list[int]:
+    """The proxies of node1: those of its pods, or agent and engine."""
     ours = {f"envoy, {name}" for name in pods} | {"agent, node1", "engine, node1"}
-    return pss_mib(*(pid for name, pids in target.processes().items() if name in ours for pid in pids))
+    return [pid for name, pids in target.processes().items() if name in ours for pid in pids]
 
 
 def fleet(folder: Path, rounds: int, seconds: float, quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -106,11 +106,16 @@ def fleet(folder: Path, rounds: int, seconds: float, quick: bool, tell: Callable
                     for target in targets:
                         tell(f"fleet: {kind}, round {number + 1}/{rounds}, {target.name}")
                         runs[target.name].append(_run(target, pods, seconds))
-                memory = {target.name: round(node_mib(target, pods), 1) for target in targets}
+                pids = {target.name: proxies(target, pods) for target in targets}
+                memory = {name: round(pss_mib(*each), 1) for name, each in pids.items()}
+                own = {name: round(node_mib(*each), 1) for name, each in pids.items()}
             found["less"][kind] = round(100 * (1 - memory["sidestep"] / memory["envoy"]), 2)
             found["kinds"][kind] = {
                 "services": services,
-                "targets": {name: {"memory_mib": memory[name], **_entry(each)} for name, each in runs.items()},
+                "targets": {
+                    name: {"memory_mib": memory[name], "own_mib": own[name], **_entry(each)}
+                    for name, each in runs.items()
+                },
             }
     return found
 

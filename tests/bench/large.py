@@ -24,7 +24,7 @@ from sidestep.wire.pb import discovery_pb2, workload_pb2
 from tests.bench import policies
 from tests.bench.front import NAME, PORT, Front, Stream
 from tests.bench.load import LoadError, answer, build
-from tests.bench.machine import pss_mib
+from tests.bench.machine import node_mib, pss_mib
 from tests.bench.rows import LOAD_PORT
 from tests.bench.side import Side, lab, namespace, pod, sleeper
 from tests.bench.verdicts import POLICIES, WORKLOADS
@@ -33,8 +33,8 @@ from tests.harness.lab import ANNOTATION
 from tests.tunnel import policy_model as model
 
 KEYS = (
-    "start", "start_full", "memory_large", "push_full", "push_one", "push_wait_full", "push_wait_one",
-    "push_wait_none",
+    "start", "start_full", "memory_large", "memory_large_own", "push_full", "push_one", "push_wait_full",
+    "push_wait_one", "push_wait_none",
 )  # fmt: skip
 NAMESPACES = 50
 RATE, WINDOW_S = 500, 3.0  # new connections a second while pushes come; for how long
@@ -127,14 +127,15 @@ class Started:
         self.log = folder / "log"
         self.bpf_dir = node.bpf_dir
 
-    def mib(self) -> float:
-        """PSS of both, once it falls no more: what the work took is given back after it."""
+    def mib(self) -> tuple[float, float]:
+        """Of both, once it falls no more (what the work took is given back after it): as on a machine of their own, and
+        PSS as it is here."""
         pids = [self.agent.pid, self.engine.pid, *_children(self.engine.pid)]
-        before, now = float("inf"), pss_mib(*pids)
+        before, now = float("inf"), node_mib(*pids)
         while now < before - 0.5:
             time.sleep(0.5)
-            before, now = now, pss_mib(*pids)
-        return now
+            before, now = now, node_mib(*pids)
+        return now, pss_mib(*pids)
 
     def stop(self) -> None:
         """Ends both; what they pinned goes."""
@@ -293,7 +294,7 @@ def large(folder: Path, rounds: int, quick: bool, tell: Callable[[str], None]) -
                 side.lab.label("bench", None)
                 Watch(cluster, "client").wait(False)
             side.lab.label("bench", "ambient")
-        times["memory_large"].append(own.mib())
+        _weigh(own, times)
         pusher = Pusher(mesh, stream)
         for number in range(rounds):
             tell(f"large mesh: pushes, {number + 1}/{rounds}")
@@ -306,5 +307,10 @@ def large(folder: Path, rounds: int, quick: bool, tell: Callable[[str], None]) -
             times["push_wait_none"].append(quiet)
             times["push_wait_full"].append(max(0.0, beside_full - quiet))
             times["push_wait_one"].append(max(0.0, beside_one - quiet))
-        times["memory_large"].append(own.mib())
+        _weigh(own, times)
     return dict(times)
+
+
+def _weigh(own: Started, times: dict[str, list[float]]) -> None:
+    for key, mib in zip(("memory_large_own", "memory_large"), own.mib(), strict=True):
+        times[key].append(mib)

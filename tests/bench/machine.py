@@ -5,6 +5,7 @@ import platform
 import shutil
 import ssl
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,32 @@ def pss_mib(*pids: int) -> float:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         found += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return found / 1024
+
+
+def node_mib(*pids: int) -> float:
+    """The PSS that these processes would have on a machine of their own: what others here map of the same files takes
+    nothing off it. Their private memory, and of each shared file what that one has that has most of it."""
+    return parse_smaps([Path(f"/proc/{pid}/smaps").read_text() for pid in pids])
+
+
+def parse_smaps(texts: Sequence[str]) -> float:
+    """MiB of processes that share memory only with each other, of their smaps (proc_pid_smaps(5))."""
+    private = 0
+    shared: dict[str, int] = {}
+    for text in texts:
+        mine: dict[str, int] = {}
+        where = ""
+        for line in text.splitlines():
+            word, *rest = line.split()
+            if not word.endswith(":"):  # a mapping begins: range, rights, offset, device, inode, path
+                where = f"{rest[2]} {rest[3]}"
+            elif word.startswith("Private_") and word != "Private_Hugetlb:":
+                private += int(rest[0])
+            elif word in ("Shared_Clean:", "Shared_Dirty:"):
+                mine[where] = mine.get(where, 0) + int(rest[0])
+        for where, kib in mine.items():
+            shared[where] = max(shared.get(where, 0), kib)
+    return (private + sum(shared.values())) / 1024
 
 
 def session(leader: int) -> list[int]:

@@ -18,6 +18,9 @@ _REACH = 'stroke="#1a7f37" stroke-width="2"'
 _STRETCH = 'stroke="#1a7f37" stroke-width="2" stroke-dasharray="2 2"'
 
 
+_HALO = {"paint_order": "stroke", "stroke": "#ffffff", "stroke_width": "3"}  # a number may lie over a tick
+
+
 def _x(share: float) -> float:
     return LEFT + min(max(share, 0), FULL) / FULL * WIDTH
 
@@ -43,6 +46,7 @@ def _row(row: Mapping[str, Any], bars: list[tuple[str, Any]], y: int) -> Iterato
     """One row whose bars begin at `y`."""
     tall = len(bars) * BAR
     yield _text(LEFT - 10, y + tall / 2 + 3, row["row"], text_anchor="end")
+    numbers = []
     for number, (name, share) in enumerate(bars):
         at, end, colour = y + number * BAR, _x(share["median"]), COLOURS.get(name, OTHER)
         yield (
@@ -51,12 +55,14 @@ def _row(row: Mapping[str, Any], bars: list[tuple[str, Any]], y: int) -> Iterato
         )
         yield f'<path d="M{_x(share["min"]):.1f} {at + BAR / 2 - 1:g}H{_x(share["max"]):.1f}" stroke="#24292f"/>'
         beyond = "" if share["median"] <= FULL else " (beyond)"
-        yield _text(round(_x(max(share["median"], share["max"])) + 6, 1), at + 9, f"{share['median']:.2f}{beyond}")
+        x = round(_x(max(share["median"], share["max"])) + 6, 1)
+        numbers.append(_text(x, at + 9, f"{share['median']:.2f}{beyond}", **_HALO))
     for aim in row["aims"]:
         if aim["of"] == "share" and aim["issue"] != 3:  # those of the first path are weaker
             for figure, style in ((aim["stretch"], _STRETCH), (aim["reach"], _REACH)):
                 if figure is not None:
                     yield f'<path d="M{_x(figure):.1f} {y - 3}v{tall + 4}" {style}/>'
+    yield from numbers
 
 
 def svg(report: Mapping[str, Any]) -> str:

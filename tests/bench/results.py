@@ -183,8 +183,9 @@ def collect(
                 tell(f"round {number + 1}/{rounds}: {result.place}, {result.row.name}, {target.name}")
                 try:
                     sample = target.case(_due(result, target.name, peaks), result.place, seconds)
-                except LoadError as error:
-                    result.aborted[target.name] = str(error)
+                except Exception as error:  # whatever it is: the other cases go on
+                    known = isinstance(error, LoadError)
+                    result.aborted[target.name] = str(error) if known else f"{target.name}: {error!r}"
                     result.samples.pop(target.name, None)
                     continue
                 result.samples.setdefault(target.name, []).append(sample)

@@ -27,6 +27,7 @@ from tests.harness.netns import inside
 
 NAMES = ("plain", "floor", "sidestep", "native", "envoy", "peer")
 PRIMED_S = 10.0
+DETOURS = 0.02
 STRAY = 1_000_000  # bytes on the link that are nobody's load: API, xDS, neighbours
 
 
@@ -198,9 +199,10 @@ class Native(Sidestep):
         return self.side.natives()
 
     def wrong(self, place: str, connections: int, grown: Sequence[float]) -> str:
-        """The engine must not have carried one, the programs must have handed on every one."""
+        """The programs must have handed on every one that the engine has not carried, and of a few the engine none; of
+        very many it may have carried DETOURS, for in any doubt a pair is the engine's for a moment."""
         engine, handed, _ = grown
-        if handed >= connections and not engine:
+        if engine <= DETOURS * connections and handed + engine >= connections:
             return ""
         return f"{connections} connections, {handed:.0f} native ones, {engine:.0f} through the engine"
 

@@ -56,6 +56,7 @@ class Single:
 
 
 _LARGE = f"{WORKLOADS:,} workloads and {POLICIES:,} policies".replace(",", " ")
+_OWN = "as on a machine of its own"  # nothing is taken off for what other nodes' processes here map too
 _CHANGE = "a change of policy in force at 1 000 policies and 10 000 open connections"
 SINGLES: dict[str, Single] = {
     "stalled": Single(
@@ -81,6 +82,7 @@ SINGLES: dict[str, Single] = {
     ),
     "push_wait_none": Single("the longest wait of a new connection without a push", "ms"),
     "memory_large": Single(f"{_LARGE}: memory of agent and engine", "MiB", 150, 4, worst=True),
+    "memory_large_own": Single(f"{_LARGE}: memory of both {_OWN}", "MiB"),
     "memory": Single("memory of agent and engine, 10 pods", "MiB", 75),
     "idle": Single(f"engine's memory for each of {IDLE} open connections that do nothing", "KiB", 24),
     "start": Single(f"{_LARGE}: from the start of agent and engine to the first enrolled pod", "s", 1),
@@ -91,6 +93,7 @@ SINGLES: dict[str, Single] = {
         f"less memory than {FLEET} Envoy sidecars that know the whole mesh", "%", 95, least=True
     ),
     "cut": Single("a policy that denies 1 000 open native flows: until the last has ended", "ms", 100, worst=True),
+    "memory_own": Single(f"memory of agent and engine, 10 pods, {_OWN}", "MiB"),
     "enrol": Single("enrolment of a namespace of 11 pods", "s"),
     "release": Single("release of a namespace of 11 pods", "s"),
     "start_full": Single(f"{_LARGE}: from the start of the agent until all is in force", "s"),

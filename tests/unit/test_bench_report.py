@@ -48,7 +48,7 @@ def made() -> dict[str, Any]:
                     "services": 500,
                     "targets": {
                         "envoy": {
-                            "memory_mib": 1074.0, "carried": 4000.0, "cpu_us": spread([380.0]),
+                            "memory_mib": 1074.0, "own_mib": 1090.0, "carried": 4000.0, "cpu_us": spread([380.0]),
                             "p50_us": spread([80.0]), "p99_us": spread([900.0]),
                             "cpu_split": {"user": 1.0, "system": 2.0, "softirq": 3.0},
                         }
@@ -86,7 +86,7 @@ def test_markdown_says_it() -> None:
     assert [SINGLES["enrol"].what, "1.2 (1.1 to 1.3)", "s"] in rows
     assert "4 of 8 figures are reached (2 stretch, 2 reached, 1 NOT reached, 1 NOT reached: saturated, 2 NOT" in text
     assert "Knowing the whole mesh, 500 services of 3 pods: 94.6 % less memory" in text
-    assert ["envoy", "1 074", "4 000", "380: 1 + 2 + 3", "80", "900"] in rows
+    assert ["envoy", "1 074", "1 090", "4 000", "380: 1 + 2 + 3", "80", "900"] in rows
     assert "3 000 MB/s" in text.partition("## On one node")[2]
     assert "- aborted: envoy, across: it broke" in text
     assert problems(made()) == ["aborted: envoy, across: it broke"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.bench.load import LoadError, Sample
-from tests.bench.machine import TICK, Cpu, parse_stat
+from tests.bench.machine import TICK, Cpu, parse_smaps, parse_stat
 from tests.bench.results import Result, collect, spread
 from tests.bench.rows import ALL, FIXED, PEAK, PLACES, ROWS, Aim, Row, aims
 
@@ -19,6 +19,20 @@ def test_the_split_of_cpu_time() -> None:
     assert cpu == Cpu(120 / TICK, 50 / TICK, 43 / TICK)
     assert cpu.all == pytest.approx(213 / TICK)
     assert (cpu - Cpu(20 / TICK, 0, 3 / TICK)).over(100) == Cpu(1 / TICK, 0.5 / TICK, 0.4 / TICK)
+
+
+def test_memory_as_on_a_machine_of_their_own() -> None:
+    def smaps(private: int, shared: int, heap: int) -> str:
+        return (
+            f"55d0-55d1 r-xp 00000000 fd:01 77 /usr/bin/python3\nSize: 9 kB\nShared_Clean: {shared} kB\n"
+            "Shared_Dirty: 0 kB\nPrivate_Clean: 0 kB\nPrivate_Dirty: 0 kB\nPrivate_Hugetlb: 0 kB\nVmFlags: rd ex\n"
+            f"55d2-55d3 rw-p 00002000 fd:01 77 /usr/bin/python3\nShared_Clean: 24 kB\nPrivate_Dirty: {private} kB\n"
+            f"7ffe-7fff rw-p 00000000 00:00 0\nShared_Clean: 0 kB\nPrivate_Dirty: {heap} kB\n"
+        )
+
+    # Private memory adds up; of the file that both map, the larger part counts once.
+    assert parse_smaps([smaps(100, 1000, 924), smaps(24, 3000, 976)]) == (100 + 924 + 24 + 976 + 3024) / 1024
+    assert parse_smaps([smaps(0, 1000, 0)]) == 1
 
 
 def test_spread() -> None:
