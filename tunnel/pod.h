@@ -41,6 +41,7 @@ struct pod {
         atomic_int mode;
         atomic_bool complete; /* once everything that decides about its connections was there */
         atomic_uint_least64_t connections, held, buffered, last_ms;
+        atomic_uint tunnels[8]; /* that have come here, by worker */
         pthread_mutex_t lock;
         struct tuple **tuples;
 };
