@@ -397,19 +397,26 @@ void tun_try_start(struct tun *t)
         tun_start(t, i);
 }
 
-struct tun *tun_accept(struct worker *w, struct pod *p, int fd, const struct endpoint *remote,
-                       const struct endpoint *local)
+struct handed {
+        struct pod *pod;
+        int fd;
+        struct endpoint remote, local;
+};
+
+static void tun_begin(struct worker *w, struct pod *p, int fd, const struct endpoint *remote,
+                      const struct endpoint *local)
 {
-        struct tun *t = tun_new(w, p, fd, true);
+        struct tun *t = w->stop ? NULL : tun_new(w, p, fd, true);
         struct seat *seat = seat_of_workload(w, p->workload);
         if (!t || !seat || loop_watch(w, &t->io) < 0) {
                 close(fd);
+                atomic_fetch_sub(&p->tunnels[w->index], 1);
                 if (t) {
                         atomic_fetch_sub(&w->engine->fds, 1);
                         pod_unref(t->pod);
                         free(t);
                 }
-                return NULL;
+                return;
         }
         t->remote = *remote;
         t->local = *local;
@@ -422,7 +429,37 @@ struct tun *tun_accept(struct worker *w, struct pod *p, int fd, const struct end
         atomic_fetch_add(&p->held, 1);
         timer_set(w, &t->timer, TIMER_TUN, TIMER_5S);
         tun_try_start(t);
-        return t;
+}
+
+static void take_over(struct worker *w, void *arg)
+{
+        struct handed *h = arg;
+        tun_begin(w, h->pod, h->fd, &h->remote, &h->local);
+        pod_unref(h->pod);
+        free(h);
+}
+
+/* The kernel chose this worker by a hash: the two tunnels of a pair of nodes meet at one worker half of the time, for
+ * as long as they live. Which one has fewest of this pod's gets it. */
+void tun_accept(struct worker *w, struct pod *p, int fd, const struct endpoint *remote, const struct endpoint *local)
+{
+        struct tunnel *engine = w->engine;
+        unsigned to = w->index;
+        for (unsigned i = 0; i < engine->nworkers; i++)
+                if (atomic_load(&p->tunnels[i]) < atomic_load(&p->tunnels[to]))
+                        to = i;
+        struct handed *h = to == w->index || w->stop ? NULL : malloc(sizeof(*h));
+        if (h) {
+                *h = (struct handed){pod_ref(p), fd, *remote, *local};
+                atomic_fetch_add(&p->tunnels[to], 1);
+                if (loop_mail(&engine->workers[to], take_over, h) == 0)
+                        return;
+                atomic_fetch_sub(&p->tunnels[to], 1);
+                pod_unref(p);
+                free(h);
+        }
+        atomic_fetch_add(&p->tunnels[w->index], 1);
+        tun_begin(w, p, fd, remote, local);
 }
 
 int tun_dial(struct worker *w, struct pod *p, struct identity *i, const struct endpoint *hop, struct tun **out)
@@ -520,8 +557,10 @@ void tun_fail(struct tun *t, enum event_flag flag, const char *why)
         close(t->io.fd);
         t->io.fd = -1;
         atomic_fetch_sub(&w->engine->fds, 1);
-        if (t->server)
+        if (t->server) {
                 event_sockets(w->ev, EVENT_DESTINATION, -1);
+                atomic_fetch_sub(&t->pod->tunnels[w->index], 1);
+        }
         event_count(w->ev, EV_TUNNELS_OPEN, -1);
         event_count(w->ev, EV_TUNNELS_CLOSED, 1);
         if (t->key_updates)

@@ -43,8 +43,7 @@ struct tun {
         uint64_t heard_ms, opened_ms, key_updates;
 };
 
-struct tun *tun_accept(struct worker *w, struct pod *p, int fd, const struct endpoint *remote,
-                       const struct endpoint *local);
+void tun_accept(struct worker *w, struct pod *p, int fd, const struct endpoint *remote, const struct endpoint *local);
 /* pool.c: the flow gets a stream now or waits for one; 0 or -errno. */
 int pool_open(struct flow *f, const struct route *r, struct identity *i);
 int tun_dial(struct worker *w, struct pod *p, struct identity *i, const struct endpoint *hop, struct tun **out);

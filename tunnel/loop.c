@@ -119,7 +119,8 @@ static void take_mail(struct worker *w)
                 atomic_uint *left = oldest->left;
                 oldest->run(w, oldest->arg);
                 free(oldest);
-                atomic_fetch_sub(left, 1);
+                if (left)
+                        atomic_fetch_sub(left, 1);
                 oldest = next;
         }
 }
@@ -235,6 +236,25 @@ void loop_wake(struct worker *w)
                 return; /* full: it is awake */
 }
 
+static void post(struct worker *w, struct mail *m)
+{
+        pthread_mutex_lock(&w->mail_lock);
+        m->next = w->mail;
+        w->mail = m;
+        pthread_mutex_unlock(&w->mail_lock);
+        loop_wake(w);
+}
+
+int loop_mail(struct worker *to, void (*run)(struct worker *, void *), void *arg)
+{
+        struct mail *m = calloc(1, sizeof(*m));
+        if (!m)
+                return -ENOMEM;
+        *m = (struct mail){.run = run, .arg = arg};
+        post(to, m);
+        return 0;
+}
+
 int loop_all(struct tunnel *engine, void (*run)(struct worker *, void *), void *arg)
 {
         /* On the heap: after a deadline the workers may still count it down. */
@@ -248,11 +268,7 @@ int loop_all(struct tunnel *engine, void (*run)(struct worker *, void *), void *
                 if (!m)
                         abort(); /* half a command is worse than none, and 40 bytes were not to be had */
                 *m = (struct mail){.run = run, .arg = arg, .left = left};
-                pthread_mutex_lock(&w->mail_lock);
-                m->next = w->mail;
-                w->mail = m;
-                pthread_mutex_unlock(&w->mail_lock);
-                loop_wake(w);
+                post(w, m);
         }
         for (int waited_us = 0; atomic_load(left) > 0; waited_us += 50) {
                 if (waited_us > MAIL_DEADLINE_MS * 1000)
@@ -322,6 +338,7 @@ void loop_stop(struct worker *w)
                 if (&engine->workers[i] == w && i == 0)
                         loop_all(engine, order_stop, NULL);
         pthread_join(w->thread, NULL);
+        take_mail(w); /* of other workers: all of it was sent before they took the order */
         close(w->epoll);
         close(w->wake.fd);
         free(w->scratch);

@@ -125,7 +125,7 @@ struct mail {
         struct mail *next;
         void (*run)(struct worker *w, void *arg);
         void *arg;
-        atomic_uint *left; /* counted down when it has run */
+        atomic_uint *left; /* counted down when it has run; NULL: nobody waits */
 };
 
 int loop_start(struct worker *w, struct tunnel *engine, unsigned index);
@@ -133,6 +133,8 @@ void loop_stop(struct worker *w);
 /* Runs a function in every worker and waits until all have. */
 int loop_all(struct tunnel *engine, void (*run)(struct worker *, void *), void *arg);
 void loop_wake(struct worker *w);
+/* From one worker to another, which owns arg from then on; not once w->stop is set here. -ENOMEM: it was not sent. */
+int loop_mail(struct worker *to, void (*run)(struct worker *, void *), void *arg);
 
 int loop_watch(struct worker *w, struct io *io);
 void timer_set(struct worker *w, struct timer *t, enum timer_kind kind, enum timer_length length);

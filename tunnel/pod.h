@@ -41,7 +41,8 @@ struct pod {
         atomic_int mode;
         atomic_bool complete; /* once everything that decides about its connections was there */
         atomic_uint_least64_t connections, held, buffered, last_ms;
-        unsigned outside; /* allowances for destinations outside the mesh; vouch.c, under its lock */
+        unsigned outside;       /* allowances for destinations outside the mesh; vouch.c, under its lock */
+        atomic_uint tunnels[8]; /* that have come here, by worker */
         pthread_mutex_t lock;
         struct tuple **tuples;
 };

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sidestep.node.pods import EXCLUDED_NAMESPACES
 
-# mallopt(3). Each thread's own arena would keep what it once used; and libbpf's buffers (copies of the kernel's BTF) would
-# stay in the heap for good whenever something small came to lie behind them.
+# mallopt(3). Each thread's own arena would keep what it once used; and libbpf's buffers (copies of the kernel's BTF)
+# would stay in the heap for good whenever something small came to lie behind them.
 _M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
 _LARGE = 256 * 1024
 
