@@ -45,7 +45,7 @@
 #define REVIEW_TURN 1024 /* decisions in one turn of the loop, about a millisecond */
 #define REVIEW_CUT 16    /* decisions that a reset, or a line in the log, costs as much as */
 #define LEAVE_TURN 256   /* sockets closed in one turn, of those whose RST has left: 5 us each */
-#define LEAVE_MS 100     /* after which a busy worker closes them too */
+#define LEAVE_MS 500     /* after which a busy worker closes them too */
 
 _Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into the scratch buffer");
 
@@ -255,13 +255,15 @@ bool conn_free_dead(struct worker *w, bool idle)
 {
         while (!link_alone(&w->dead_flows))
                 flow_free(container(w->dead_flows.next, struct flow, dead));
-        for (unsigned n = 0; n < LEAVE_TURN && !link_alone(&w->left_flows); n++) {
+        for (unsigned n = 0; !link_alone(&w->left_flows); n++) {
                 struct flow *f = container(w->left_flows.next, struct flow, dead);
-                if (!idle && w->now_ms - f->last_ms < LEAVE_MS)
+                if (n == LEAVE_TURN)
+                        return true;
+                if (w->now_ms - f->last_ms < (idle ? LEAVE_IDLE_MS : LEAVE_MS))
                         break;
                 flow_free(f);
         }
-        return !link_alone(&w->left_flows);
+        return false;
 }
 
 void flow_ready(struct flow *f)

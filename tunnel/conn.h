@@ -78,8 +78,9 @@ void conn_review(struct worker *w);
 void conn_seat(struct worker *w, struct seat *seat);
 void conn_abort_all(struct worker *w);
 void conn_abort_seat(struct worker *w, struct seat *seat);
-/* Frees what has ended. Sockets whose RST has left are closed, some each turn, by a worker that has nothing else to do.
- * Returns whether some are left. */
+/* Frees what has ended. Sockets whose RST has left are closed later, some each turn, by a worker that has nothing else
+ * to do. Returns whether more are due now. */
+#define LEAVE_IDLE_MS 20
 bool conn_free_dead(struct worker *w, bool idle);
 
 void flow_event(struct side *s);

@@ -92,6 +92,8 @@ static int patience(const struct worker *w)
         uint64_t next = w->now_ms + 1000;
         if (!link_alone(&w->ready) || !link_alone(&w->dirty) || !link_alone(&w->unread) || !link_alone(&w->stale))
                 return 0;
+        if (!link_alone(&w->left_flows))
+                next = w->now_ms + LEAVE_IDLE_MS;
         for (int i = 0; i < TIMER_LENGTHS; i++) {
                 if (link_alone(&w->timers[i]))
                         continue;
@@ -216,6 +218,7 @@ static void *loop_run(void *arg)
                 free_dead_listeners(w);
         }
         conn_abort_all(w);
+        w->now_ms += LEAVE_IDLE_MS; /* all of it is due */
         while (conn_free_dead(w, true))
                 ;
         tun_free_dead(w);
