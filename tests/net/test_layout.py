@@ -146,6 +146,8 @@ def test_connections_from_before_the_enrolment_go_on(old: Old, link: Pair, famil
     old.upgrade()
     old.now.set_mode(lib.MODE_LENIENT)
     assert old.now.verify() == 0
+    for end in (before_far, captured_by):
+        end.settimeout(20)
     for one, other in ((before, before_far), (before_far, before), (captured, captured_by), (captured_by, captured)):
         one.sendall(b"on")
         assert other.recv(10) == b"on"
