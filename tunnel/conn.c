@@ -280,12 +280,13 @@ static void refuse(struct flow *f, enum event_flag flag, const char *reason, con
 
 /* -- who and where ------------------------------------------------------------------------------------------------ */
 
-/* Everything that decides about the pod's connections is there. */
+/* Everything that decides about the pod's connections is there. Before the first state is whole, a policy of the
+ * namespace or of the mesh, which no record names, may be on its way. */
 static const struct workload *complete(struct worker *w, struct pod *p, struct identity **i)
 {
         const struct workload *own = view_workload(w->view, p->workload);
         *i = worker_identity(w, p->identity);
-        return own && *i && (*i)->not_after_s > (int64_t)time(NULL) ? own : NULL;
+        return atomic_load(&w->engine->whole) && own && *i && (*i)->not_after_s > (int64_t)time(NULL) ? own : NULL;
 }
 
 void flow_baggage(struct flow *f, char *out, size_t n)
@@ -785,6 +786,8 @@ static void give_up(struct flow *f)
                 snprintf(why, sizeof(why), "policy not received yet: %.500s", missing ? missing : "none");
         } else if (!own) {
                 snprintf(why, sizeof(why), "no record of %.200s within 5 s", f->pod->workload);
+        } else if (!atomic_load(&w->engine->whole)) {
+                snprintf(why, sizeof(why), "not all records and policies within 5 s");
         } else {
                 snprintf(why, sizeof(why),
                          i ? "the certificate for %.300s has expired" : "no certificate for %.300s within 5 s",

@@ -488,11 +488,20 @@ int tunnel_apply_delta(struct tunnel *t, int memfd, struct tunnel_delta *told, c
         return apply(t, memfd, told, report, report_len);
 }
 
+static void mail_whole(struct worker *w, void *arg)
+{
+        (void)arg;
+        w->look_again = true;
+        loop_wake(w);
+}
+
 int tunnel_whole(struct tunnel *t)
 {
-        if (!atomic_exchange(&t->whole, true))
-                vouch_review(t->vouch);
-        return 0;
+        if (atomic_exchange(&t->whole, true))
+                return 0;
+        int result = loop_all(t, mail_whole, NULL);
+        vouch_review(t->vouch);
+        return result;
 }
 
 void tunnel_counts(struct tunnel *t, struct tunnel_counts *out)

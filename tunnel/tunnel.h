@@ -87,7 +87,7 @@ int tunnel_identity_del(struct tunnel *t, const char *identity);
  * connections were re-evaluated. Rejected records are listed in report as "name: reason" lines (cut at report_len,
  * always terminated). -EPERM: seals missing; -EBADMSG: the framing is wrong, nothing was applied. */
 int tunnel_apply(struct tunnel *t, int memfd, char *report, size_t report_len);
-/* The first state is whole: what was applied so far is all that there is. */
+/* The first state is whole: what was applied so far is all that there is. Until then connections are held. */
 int tunnel_whole(struct tunnel *t);
 
 struct tunnel_delta {

@@ -30,6 +30,7 @@ from sidestep.wire import batch, channel
 from tests.harness import hbone_peer
 from tests.harness.cluster import Nodes, Pod
 from tests.harness.engine import Client
+from tests.harness.lab import eventually
 from tests.harness.netns import connect, inside, listen, run
 from tests.harness.pki import Authority, Leaf
 from tests.tunnel import policy_model as model
@@ -551,6 +552,43 @@ def test_nobody_is_let_in_for_lack_of_data(tmp_path: Path) -> None:
         for way in WAYS:
             with conversation(mesh, way):
                 pass
+
+
+@pytest.mark.parametrize("denied", [True, False])
+def test_nobody_is_let_in_before_the_first_state_is_whole(tmp_path: Path, denied: bool) -> None:
+    """A policy of a whole namespace is named by no record: until the agent says that all is there, who comes waits."""
+    with Nodes(tmp_path, {"client": 0, "near": 0, "server": 1}) as nodes, ExitStack() as stack:
+        mesh = Mesh(nodes)
+        engines = [mesh.engine(nodes["client"]), mesh.engine(nodes["server"])]
+        records = [
+            batch.Record(batch.Op.ADDRESS_SET, each.workload.uid, "1", each.SerializeToString())
+            for each in map(nodes.record, nodes.pods.values())
+        ]
+        for engine in engines:
+            engine.apply(records, whole=False)
+        listeners = [
+            stack.enter_context(listen(pod.path, pod.address(), PORT)) for pod in (nodes["server"], nodes["near"])
+        ]
+        callers = [stack.enter_context(connect(mesh.caller(way), mesh.target(way).address(), PORT)) for way in WAYS]
+        for caller in callers:
+            caller.sendall(b"x")
+        eventually(
+            "all are held",
+            lambda: sum(pod["held"] for engine in engines for pod in engine.dump("pods")) == len(WAYS),
+        )
+        for listener in listeners:
+            listener.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+            listener.settimeout(20)
+        late = model.records([policy("late", EVERYBODY)], "1") if denied else []
+        for engine in engines:
+            engine.apply(late)
+        if denied:
+            is_reset(*callers)
+        else:
+            accepted = [stack.enter_context(listeners[i].accept()[0]) for i in (0, 0, 1)]
+            assert [each.recv(1) for each in accepted] == [b"x"] * 3
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -256,7 +256,7 @@ static void set_up(void)
         int64_t not_after;
         make_namespace();
         must(tunnel_new(&engine, &config) == 0 && tunnel_settings(engine, &settings) == 0 &&
-                     tunnel_identity_set(engine, IDENTITY, "", "", "", &not_after) == 0 &&
+                     tunnel_whole(engine) == 0 && tunnel_identity_set(engine, IDENTITY, "", "", "", &not_after) == 0 &&
                      tunnel_pod_add(engine, &described, inside, -1, -1, NULL, &ports) == 0,
              "the engine");
         apply_workload(described.workload, own);
