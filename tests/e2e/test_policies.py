@@ -314,13 +314,13 @@ def _enrolled(lab: Lab, namespace: str, wanted: set[str]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, same_node: str) -> Iterator[World]:
     manifest = tmp_path_factory.mktemp("policies") / "world.yaml"
     manifest.write_text(yaml.safe_dump_all(objects()))
     lab = Lab(f"a{os.getpid() % 10000}")
     made = None
     try:
-        lab.up(manifest)
+        lab.up(manifest, options=["--same-node", same_node])
         for name in {caller.partition("/")[0] for caller in CALLERS.values()}:
             wanted = {each["metadata"]["name"] for each in lab.pods(name)} - {"plain", "sidecar"}
             eventually(f"{name} enrolled", functools.partial(_enrolled, lab, name, wanted))
