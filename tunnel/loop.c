@@ -92,6 +92,8 @@ static int patience(const struct worker *w)
         uint64_t next = w->now_ms + 1000;
         if (!link_alone(&w->ready) || !link_alone(&w->dirty) || !link_alone(&w->unread) || !link_alone(&w->stale))
                 return 0;
+        if (conn_answer_due(w) < next)
+                next = conn_answer_due(w);
         for (int i = 0; i < TIMER_LENGTHS; i++) {
                 if (link_alone(&w->timers[i]))
                         continue;
@@ -202,6 +204,7 @@ static void *loop_run(void *arg)
                         if (l == end)
                                 break;
                 }
+                conn_answer(w);
                 tun_flush_dirty(w);
                 if (w->in_force != w->generation && link_alone(&w->stale)) {
                         w->in_force = w->generation;
@@ -299,6 +302,7 @@ int loop_start(struct worker *w, struct tunnel *engine, unsigned index)
         link_init(&w->ready);
         link_init(&w->dirty);
         link_init(&w->unread);
+        link_init(&w->owed);
         link_init(&w->dead_flows);
         link_init(&w->dead_tuns);
         link_init(&w->dead_listeners);
