@@ -42,10 +42,12 @@
 #define STREAM_QUEUE (16 * FRAME_PAYLOAD) /* read ahead of a stream that cannot be written: whole frames */
 #define FRONT 16                          /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
-#define REVIEW_TURN 1024 /* decisions in one turn of the loop, about a millisecond */
-#define REVIEW_CUT 16    /* decisions that a reset, or a line in the log, costs as much as */
-#define LEAVE_TURN 256   /* sockets closed in one turn, of those whose RST has left: 5 us each */
-#define LEAVE_MS 500     /* after which a busy worker closes them too */
+#define OWE_MS 2             /* how long an answer waits for the application's first bytes */
+#define OWE_BYTES (16 << 10) /* and after how many of the client's it does not */
+#define REVIEW_TURN 1024     /* decisions in one turn of the loop, about a millisecond */
+#define REVIEW_CUT 16        /* decisions that a reset, or a line in the log, costs as much as */
+#define LEAVE_TURN 256       /* sockets closed in one turn, of those whose RST has left: 5 us each */
+#define LEAVE_MS 500         /* after which a busy worker closes them too */
 
 _Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into the scratch buffer");
 
@@ -65,7 +67,8 @@ static struct flow *flow_new(struct worker *w, struct pod *p, enum flow_way way)
         f->a.io = f->b.io = (struct io){.type = IO_SIDE, .fd = -1};
         f->a.left = f->b.left = -1;
         f->b.is_b = true;
-        struct link *links[] = {&f->seat, &f->ready, &f->wait, &f->member, &f->dead, &f->judged, &f->timer.link};
+        struct link *links[] = {&f->seat, &f->ready,  &f->wait, &f->member,
+                                &f->dead, &f->judged, &f->owed, &f->timer.link};
         for (unsigned i = 0; i < sizeof(links) / sizeof(*links); i++)
                 link_init(links[i]);
         f->opened_ms = f->last_ms = w->now_ms;
@@ -207,7 +210,7 @@ static void flow_end(struct flow *f, enum event_flag flag, const char *why)
                 pod_tuple_remove(in, &f->own);
         side_close(f, &f->a, flag != FLAG_NONE);
         side_close(f, &f->b, flag != FLAG_NONE);
-        struct link *links[] = {&f->seat, &f->ready, &f->wait, &f->member, &f->judged};
+        struct link *links[] = {&f->seat, &f->ready, &f->wait, &f->member, &f->judged, &f->owed};
         for (unsigned i = 0; i < sizeof(links) / sizeof(*links); i++)
                 link_remove(links[i]);
         atomic_fetch_sub(&f->pod->connections, 1);
@@ -872,6 +875,7 @@ static void accepted(struct worker *w, struct listener *l, int fd, const struct 
         atomic_fetch_add(&w->engine->fds, 1);
         event_sockets(w->ev, f->way == WAY_OUTBOUND ? EVENT_SOURCE : EVENT_DESTINATION, 1);
         f->a.io.fd = fd;
+        f->a.io.readable = f->a.io.writable = true; /* what came with the connection is read without an event */
         f->a.kind = SIDE_SOCKET;
         f->src = *peer;
         f->dst = local;
@@ -988,6 +992,17 @@ static ssize_t splice(struct flow *f, struct side *from, struct side *to, size_t
         return (ssize_t)moved;
 }
 
+/* The answer to CONNECT. false: the flow is dead. */
+static bool answer(struct flow *f)
+{
+        f->owes = false;
+        link_remove(&f->owed);
+        if (tun_respond(&f->a, f, 200) == 0)
+                return true;
+        flow_reset(f, FLAG_H2_FAILURE, "no response could be sent");
+        return false;
+}
+
 /* Socket to stream: into the stream's queue; the tunnel takes it from there. */
 static ssize_t load(struct flow *f, struct side *from, struct side *to, size_t most)
 {
@@ -1029,14 +1044,18 @@ static ssize_t load(struct flow *f, struct side *from, struct side *to, size_t m
                         flow_reset(f, FLAG_CONNECT, "no memory");
                         return -1;
                 }
-                count_bytes(f, from, (size_t)n);
+                if (f->state == FLOW_RELAY) /* what goes ahead of an answer counts when there is one */
+                        count_bytes(f, from, (size_t)n);
                 moved += (size_t)n;
         }
         if (to->out.len == 0)
                 buf_empty(&to->out);
         account(f, to);
-        if (moved || from->ended)
-                tun_resume(to);
+        if (!moved && !from->ended)
+                return 0;
+        if (f->owes && !answer(f))
+                return -1;
+        tun_resume(to);
         return (ssize_t)moved;
 }
 
@@ -1065,8 +1084,66 @@ static bool relay(struct flow *f, struct side *from, struct side *to)
         return true;
 }
 
+static void relay_begins(struct flow *f)
+{
+        timer_stop(&f->timer);
+        f->state = FLOW_RELAY;
+        flow_ready(f);
+}
+
+/* The application's socket stands; `early` bytes came with the request. Their answer waits a moment for the
+ * application's: one record instead of two, and one wake-up of the other engine. */
+static void stands(struct flow *f, size_t early)
+{
+        if (f->way == WAY_INBOUND_HBONE) {
+                if (early)
+                        count_bytes(f, &f->a, early);
+                f->owes = early && early <= OWE_BYTES;
+                f->owed_ms = f->w->now_ms;
+                if (f->owes)
+                        link_add(&f->w->owed, &f->owed);
+                else if (!answer(f))
+                        return;
+        }
+        relay_begins(f);
+}
+
+uint64_t conn_answer_due(const struct worker *w)
+{
+        return link_alone(&w->owed) ? UINT64_MAX : container(w->owed.next, struct flow, owed)->owed_ms + OWE_MS;
+}
+
+void conn_answer(struct worker *w)
+{
+        while (conn_answer_due(w) <= w->now_ms)
+                answer(container(w->owed.next, struct flow, owed));
+}
+
+/* What came with the request goes to the application although nobody has said yet that the socket stands: inside a pod
+ * it mostly does. */
+static void push(struct flow *f)
+{
+        struct buf *out = &f->b.out;
+        size_t early = out->len;
+        ssize_t n = send(f->b.io.fd, buf_at(out), out->len, MSG_NOSIGNAL);
+        if (n < 0 && (errno == EAGAIN || errno == EINTR))
+                return; /* an event comes */
+        if (n < 0) {
+                flow_deny(f, 503, FLAG_CONNECT, strerror(errno));
+                return;
+        }
+        f->b.io.writable = true;
+        buf_take(out, (size_t)n);
+        tun_taken(&f->a, (size_t)n);
+        stands(f, early);
+}
+
 void flow_run(struct flow *f)
 {
+        if (f->state == FLOW_ASKED && f->early)
+                load(f, &f->a, &f->b, TURN_BYTES);
+        if (f->state == FLOW_CONNECTING && f->b.out.len)
+                push(f);
         if (f->state != FLOW_RELAY)
                 return;
         if (!relay(f, &f->a, &f->b) || !relay(f, &f->b, &f->a))
@@ -1090,16 +1167,11 @@ bool flow_data(struct flow *f, const uint8_t *bytes, size_t n)
         if (!buf_add(&to->out, bytes, n))
                 return false;
         account(f, to);
-        count_bytes(f, from, n);
-        flow_ready(f);
+        if (f->state == FLOW_RELAY)
+                count_bytes(f, from, n);
+        if (!f->owes || f->sent <= OWE_BYTES || answer(f))
+                flow_ready(f);
         return true;
-}
-
-static void relay_begins(struct flow *f)
-{
-        timer_stop(&f->timer);
-        f->state = FLOW_RELAY;
-        flow_ready(f);
 }
 
 /* -- events ------------------------------------------------------------------------------------------------------- */
@@ -1116,11 +1188,7 @@ static void connected(struct flow *f)
                         flow_reset(f, FLAG_CONNECT, strerror(error));
                 return;
         }
-        if (f->way == WAY_INBOUND_HBONE && tun_respond(&f->a, f, 200) < 0) {
-                flow_reset(f, FLAG_H2_FAILURE, "no response could be sent");
-                return;
-        }
-        relay_begins(f);
+        stands(f, f->b.out.len);
 }
 
 void flow_event(struct side *s)
@@ -1135,6 +1203,8 @@ void flow_event(struct side *s)
                 flow_ready(f);
                 return;
         }
+        if (f->state == FLOW_ASKED && f->early)
+                flow_ready(f);
         if (s->io.hangup && f->state != FLOW_DEAD) {
                 /* the client may be gone already: an error there ends the flow, a half-close is for later */
                 int error = 0;
@@ -1259,6 +1329,9 @@ void flow_tunnel_open(struct flow *f, struct tun *t)
         free(f->peer);
         f->peer = strdup(t->peer);
         f->state = FLOW_ASKED;
+        f->early = t->early;
+        if (f->early)
+                flow_ready(f);
         timer_set(f->w, &f->timer, TIMER_FLOW, TIMER_15S);
 }
 
@@ -1282,7 +1355,15 @@ void flow_answer(struct flow *f, int status)
         if (f->state != FLOW_ASKED)
                 return;
         if (status == 200) {
+                struct side *s = &f->b;
+                if (s->out.len)
+                        count_bytes(f, &f->a, s->out.len);
+                if (s->kept)
+                        buf_take(&s->out, s->kept);
+                s->kept = 0;
+                account(f, s);
                 relay_begins(f);
+                tun_resume(s);
         } else if (status < 100 || status > 199) {
                 if (status == 401)
                         told_denied(f);
@@ -1298,7 +1379,7 @@ void flow_tunnel_lost(struct flow *f, enum event_flag flag, const char *why)
         flow_reset(f, flag, why);
 }
 
-/* Once more by another tunnel: the peer has not processed the request (RFC 9113 8.7), and no byte was read for it. */
+/* Once more by another tunnel: the peer has not processed the request (RFC 9113 8.7), and what was read is kept. */
 static bool retry(struct flow *f)
 {
         struct identity *i;
@@ -1319,6 +1400,8 @@ static bool retry(struct flow *f)
         f->retried = true;
         f->unsent = false;
         f->b.kind = SIDE_NONE;
+        f->b.kept = 0;
+        f->b.closing = false;
         f->state = FLOW_WAITING;
         timer_set(f->w, &f->timer, TIMER_FLOW, TIMER_20S);
         int result = pool_open(f, &r, i);

@@ -35,6 +35,7 @@ struct side {
         bool fresh;   /* stream: a window update is due to its growth */
         uint32_t window, drained;
         struct buf out;
+        size_t kept;    /* stream: of out, sent ahead of the answer and kept until it comes */
         size_t counted; /* of out.cap in the budgets */
         int left;       /* a dissolved socket that is still to be closed, or -1 */
 };
@@ -46,6 +47,8 @@ struct flow {
         enum flow_way way;
         bool by_hbone, local, tuple_src, tuple_own;
         bool unsent, retried; /* the request never left, or was refused unseen; it was given to another tunnel */
+        bool early;           /* ASKED: bytes may go ahead of the answer */
+        bool owes;            /* RELAY: the answer is not sent yet, it goes with the first bytes */
         struct side a, b;     /* a opened it */
         struct endpoint src, dst, hop;
         struct endpoint own; /* bound source of b towards an application */
@@ -55,9 +58,11 @@ struct flow {
         char *peer;                                  /* identity of the other side, where one was proved; owned */
         struct link seat, ready, wait, member, dead; /* member: of its tunnel */
         struct link judged;                          /* at the destination's seat, once it was let in */
+        struct link owed;                            /* at its worker, while it owes */
         uint64_t epoch;                              /* the seat's, by which it was */
         struct timer timer;
         uint64_t opened_ms, last_ms, sent, received; /* a to b, b to a */
+        uint64_t owed_ms;                            /* since when it owes */
         uint64_t told_sent, told_received;           /* of these, what the counters have */
         struct event_set *set[2];                    /* source's, destination's view */
         const char *policy;                          /* that ends it; NULL unless it is ending */
@@ -87,6 +92,9 @@ void flow_event(struct side *s);
 void flow_run(struct flow *f);
 void flow_ready(struct flow *f);
 void flow_expired(struct flow *f);
+/* Sends the answers that have waited for bytes long enough. */
+void conn_answer(struct worker *w);
+uint64_t conn_answer_due(const struct worker *w);
 /* Brings the counters up to date: a scrape shows connections that are still open. */
 void flow_count(struct flow *f);
 /* Ends it at once: sockets with RST, streams with RST_STREAM. */

@@ -14,6 +14,11 @@
  * slow reader stops its own stream and nobody else's. A stream's window starts at 256 KiB and doubles up to 4 MiB as
  * long as its reader drains a window's worth and the budgets allow it.
  *
+ * A server says in its SETTINGS that it takes bytes ahead of its answer to CONNECT (SETTINGS_EARLY, ours; unknown to
+ * others, who ignore it). Towards such a peer DATA follows the request at once, in the same record where it is there,
+ * and is kept until the answer: a request that was not processed is repeated with it. Towards all others, and before
+ * their SETTINGS have come, not a byte goes ahead (RFC 9110 9.3.6).
+ *
  * A client tunnel belongs to one pod and one set of expected identities (pool.c); a server tunnel to the pod it arrived
  * at. It takes no new stream once its own certificate, or the record that it was opened for, is replaced, and closes
  * with its last one; it is cut at the first end of a certificate of either chain, and when the root of its peer's is
@@ -77,10 +82,12 @@ static ssize_t on_read_data(nghttp2_session *h2, int32_t id, uint8_t *buf, size_
         if (!f)
                 return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
         struct side *s = flow_stream_side(f);
-        size_t n = s->out.len < length ? s->out.len : length;
+        size_t left = s->out.len - s->kept, n = left < length ? left : length;
+        if (f->state == FLOW_ASKED && !f->early)
+                return NGHTTP2_ERR_DEFERRED;
         if (n > FRAME_PAYLOAD)
                 n = FRAME_PAYLOAD;
-        bool last = flow_other(f, s)->ended && n == s->out.len;
+        bool last = flow_other(f, s)->ended && n == left;
         if (n == 0 && !last)
                 return NGHTTP2_ERR_DEFERRED;
         *flags |= NGHTTP2_DATA_FLAG_NO_COPY;
@@ -104,16 +111,19 @@ static int on_send_data(nghttp2_session *h2, nghttp2_frame *frame, const uint8_t
                 return NGHTTP2_ERR_WOULDBLOCK;
         if ((stage.len + 9 + length > RECORD || length > DIRECT) && stage_seal(t) < 0)
                 return NGHTTP2_ERR_CALLBACK_FAILURE;
-        if (length > DIRECT && s->out.head >= 9) {
+        uint8_t *payload = length ? buf_at(&s->out) + s->kept : NULL; /* an end alone has no queue */
+        if (length > DIRECT && s->out.head >= 9 && s->kept == 0) {
                 /* sealed from where it is: the header goes into the bytes before it, which are taken */
-                uint8_t *record = buf_at(&s->out) - 9;
+                uint8_t *record = payload - 9;
                 memcpy(record, header, 9);
                 if (tls_write(&t->tls, record, (int)length + 9, &t->key_updates) < 0)
                         return NGHTTP2_ERR_CALLBACK_FAILURE;
-        } else if (stage_add(t, header, 9) < 0 || (length && stage_add(t, buf_at(&s->out), length) < 0)) {
+        } else if (stage_add(t, header, 9) < 0 || (length && stage_add(t, payload, length) < 0)) {
                 return NGHTTP2_ERR_CALLBACK_FAILURE;
         }
-        if (length)
+        if (f->state == FLOW_ASKED)
+                s->kept += length;
+        else if (length)
                 buf_take(&s->out, length);
         if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM)
                 s->closing = true;
@@ -241,6 +251,9 @@ static int on_frame(nghttp2_session *h2, const nghttp2_frame *frame, void *arg)
                         uint32_t most =
                                 nghttp2_session_get_remote_settings(h2, NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS);
                         t->most = most < TUN_STREAMS_CLIENT ? most : TUN_STREAMS_CLIENT;
+                        for (size_t i = 0; i < frame->settings.niv; i++)
+                                if (frame->settings.iv[i].settings_id == SETTINGS_EARLY)
+                                        t->early = frame->settings.iv[i].value == 1;
                 }
                 break;
         case NGHTTP2_GOAWAY:
@@ -318,10 +331,11 @@ static int start_h2(struct tun *t)
                 {NGHTTP2_SETTINGS_MAX_FRAME_SIZE, 1 << 20},
                 {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, 65536},
         };
-        nghttp2_settings_entry settings[4];
+        nghttp2_settings_entry settings[5];
         memcpy(settings, common, sizeof(common));
         settings[3] = t->server ? (nghttp2_settings_entry){NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, TUN_STREAMS_SERVER}
                                 : (nghttp2_settings_entry){NGHTTP2_SETTINGS_ENABLE_PUSH, 0};
+        settings[4] = (nghttp2_settings_entry){SETTINGS_EARLY, 1};
         nghttp2_session_callbacks *callbacks = NULL;
         nghttp2_option *option = NULL;
         int result = -ENOMEM;
@@ -342,7 +356,7 @@ static int start_h2(struct tun *t)
         nghttp2_option_set_stream_reset_rate_limit(option, UINT64_MAX / 2, UINT64_MAX / 2);
         if ((t->server ? nghttp2_session_server_new2 : nghttp2_session_client_new2)(&t->h2, callbacks, t, option) !=
                     0 ||
-            nghttp2_submit_settings(t->h2, NGHTTP2_FLAG_NONE, settings, 4) != 0 ||
+            nghttp2_submit_settings(t->h2, NGHTTP2_FLAG_NONE, settings, t->server ? 5 : 4) != 0 ||
             nghttp2_session_set_local_window_size(t->h2, NGHTTP2_FLAG_NONE, 0, CONNECTION_WINDOW) != 0)
                 goto out;
         result = 0;
@@ -403,8 +417,8 @@ struct handed {
         struct endpoint remote, local;
 };
 
-static void tun_begin(struct worker *w, struct pod *p, int fd, const struct endpoint *remote,
-                      const struct endpoint *local)
+static struct tun *tun_begin(struct worker *w, struct pod *p, int fd, const struct endpoint *remote,
+                             const struct endpoint *local)
 {
         struct tun *t = w->stop ? NULL : tun_new(w, p, fd, true);
         struct seat *seat = seat_of_workload(w, p->workload);
@@ -416,7 +430,7 @@ static void tun_begin(struct worker *w, struct pod *p, int fd, const struct endp
                         pod_unref(t->pod);
                         free(t);
                 }
-                return;
+                return NULL;
         }
         t->remote = *remote;
         t->local = *local;
@@ -429,6 +443,7 @@ static void tun_begin(struct worker *w, struct pod *p, int fd, const struct endp
         atomic_fetch_add(&p->held, 1);
         timer_set(w, &t->timer, TIMER_TUN, TIMER_5S);
         tun_try_start(t);
+        return t;
 }
 
 static void take_over(struct worker *w, void *arg)
@@ -441,7 +456,8 @@ static void take_over(struct worker *w, void *arg)
 
 /* The kernel chose this worker by a hash: the two tunnels of a pair of nodes meet at one worker half of the time, for
  * as long as they live. Which one has fewest of this pod's gets it. */
-void tun_accept(struct worker *w, struct pod *p, int fd, const struct endpoint *remote, const struct endpoint *local)
+struct tun *tun_accept(struct worker *w, struct pod *p, int fd, const struct endpoint *remote,
+                       const struct endpoint *local)
 {
         struct tunnel *engine = w->engine;
         unsigned to = w->index;
@@ -453,13 +469,13 @@ void tun_accept(struct worker *w, struct pod *p, int fd, const struct endpoint *
                 *h = (struct handed){pod_ref(p), fd, *remote, *local};
                 atomic_fetch_add(&p->tunnels[to], 1);
                 if (loop_mail(&engine->workers[to], take_over, h) == 0)
-                        return;
+                        return NULL;
                 atomic_fetch_sub(&p->tunnels[to], 1);
                 pod_unref(p);
                 free(h);
         }
         atomic_fetch_add(&p->tunnels[w->index], 1);
-        tun_begin(w, p, fd, remote, local);
+        return tun_begin(w, p, fd, remote, local);
 }
 
 int tun_dial(struct worker *w, struct pod *p, struct identity *i, const struct endpoint *hop, struct tun **out)

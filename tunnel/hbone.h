@@ -14,6 +14,7 @@
 #define FRAME_PAYLOAD 16375   /* with its header of 9 bytes one TLS record */
 #define TUN_QUEUE (256 << 10) /* sealed bytes waiting for the socket, beyond which no stream is asked for more */
 #define WINDOW_FIRST (256 << 10)
+#define SETTINGS_EARLY 0xed01 /* value 1 from a server: docs/interfaces.md, HBONE */
 #define WINDOW_MOST (4 << 20)
 
 enum tun_state { TUN_HELD, TUN_CONNECTING, TUN_HANDSHAKE, TUN_OPEN, TUN_DEAD };
@@ -24,6 +25,7 @@ struct tun {
         struct pod *pod;
         enum tun_state state;
         bool server, no_new, pinged, in_h2;
+        bool early; /* client: the peer takes bytes before it has answered CONNECT */
         struct tls tls;
         nghttp2_session *h2;
         struct identity *identity;
@@ -43,7 +45,9 @@ struct tun {
         uint64_t heard_ms, opened_ms, key_updates;
 };
 
-void tun_accept(struct worker *w, struct pod *p, int fd, const struct endpoint *remote, const struct endpoint *local);
+/* NULL: another worker has it now, or it is closed. */
+struct tun *tun_accept(struct worker *w, struct pod *p, int fd, const struct endpoint *remote,
+                       const struct endpoint *local);
 /* pool.c: the flow gets a stream now or waits for one; 0 or -errno. */
 int pool_open(struct flow *f, const struct route *r, struct identity *i);
 int tun_dial(struct worker *w, struct pod *p, struct identity *i, const struct endpoint *hop, struct tun **out);

@@ -94,6 +94,8 @@ static int patience(const struct worker *w)
                 return 0;
         if (!link_alone(&w->left_flows))
                 next = w->now_ms + LEAVE_IDLE_MS;
+        if (conn_answer_due(w) < next)
+                next = conn_answer_due(w);
         for (int i = 0; i < TIMER_LENGTHS; i++) {
                 if (link_alone(&w->timers[i]))
                         continue;
@@ -206,6 +208,7 @@ static void *loop_run(void *arg)
                         if (l == end)
                                 break;
                 }
+                conn_answer(w);
                 tun_flush_dirty(w);
                 if (w->in_force != w->generation && link_alone(&w->stale)) {
                         w->in_force = w->generation;
@@ -306,6 +309,7 @@ int loop_start(struct worker *w, struct tunnel *engine, unsigned index)
         link_init(&w->ready);
         link_init(&w->dirty);
         link_init(&w->unread);
+        link_init(&w->owed);
         link_init(&w->dead_flows);
         link_init(&w->left_flows);
         link_init(&w->dead_tuns);

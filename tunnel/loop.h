@@ -108,6 +108,7 @@ struct worker {
         struct link ready;  /* flows with more to do than one turn allows */
         struct link dirty;  /* tunnels with something to write */
         struct link unread; /* tunnels with more to read than one turn allows */
+        struct link owed;   /* flows whose answer waits for their first bytes: struct flow, link `owed` */
         struct link dead_flows, left_flows, dead_tuns,
                 dead_listeners; /* freed at the end of a turn: events of this turn may still name them */
         struct link pool[LOOP_HASH];

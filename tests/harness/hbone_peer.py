@@ -5,8 +5,10 @@ It may present any certificate. What it saw is in plain attributes: requests, by
 
 import socket
 import ssl
+import struct
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from tests.harness.pki import Leaf
 
 PORT = 15008
 DEADLINE_S = 15.0
+EARLY = 0xED01  # docs/interfaces.md, HBONE
+REFUSED = 0  # an answer: RST_STREAM, not processed
 
 
 def context(leaf: Leaf, server: bool) -> ssl.SSLContext:
@@ -46,15 +50,31 @@ class Request:
     headers: dict[str, str]
     peer: str  # address of the tunnel's client
     received: bytearray = field(default_factory=bytearray)
+    ahead: bytes = b""  # what had come when it was answered
+    ended: bool = False
 
 
 class Server:
-    """Listens on PORT of a pod's address and echoes what each stream brings. `status` other than 200 refuses."""
+    """Listens on PORT of a pod's address and echoes what each stream brings. `status` other than 200 refuses.
 
-    def __init__(self, netns: str, address: str, leaf: Leaf, status: int = 200) -> None:
+    `answer` is asked about each request that has none yet, whenever something came: a status, REFUSED, or None for not
+    yet. `early`: says that it takes bytes ahead of an answer.
+    """
+
+    def __init__(
+        self,
+        netns: str,
+        address: str,
+        leaf: Leaf,
+        status: int = 200,
+        *,
+        early: bool = False,
+        answer: Callable[[Request], int | None] | None = None,
+    ) -> None:
         self.requests: list[Request] = []
         self.errors: list[str] = []
-        self._status = status
+        self._early = early
+        self._answer = answer or (lambda request: status)
         self._context = context(leaf, server=True)
         self._stop = threading.Event()
 
@@ -104,7 +124,10 @@ class Server:
         h2c = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
         h2c.initiate_connection()
         tls.sendall(h2c.data_to_send())
+        if self._early:  # by hand: hyperframe writes the low byte of a setting's number only
+            tls.sendall(struct.pack(">HBBBIHI", 0, 6, 4, 0, 0, EARLY, 1))
         streams: dict[int, Request] = {}
+        waiting: dict[int, Request] = {}
         while not self._stop.is_set():
             try:
                 data = tls.recv(65536)
@@ -115,18 +138,38 @@ class Server:
             for event in h2c.receive_data(data):
                 if isinstance(event, h2.events.RequestReceived):
                     request = Request({str(k): str(v) for k, v in event.headers or []}, peer)
-                    streams[event.stream_id or 0] = request
+                    streams[event.stream_id or 0] = waiting[event.stream_id or 0] = request
                     self.requests.append(request)
-                    refused = self._status != 200
-                    h2c.send_headers(event.stream_id or 0, [(":status", str(self._status))], end_stream=refused)
                 elif isinstance(event, h2.events.DataReceived):
                     request = streams[event.stream_id or 0]
                     request.received += event.data or b""
                     h2c.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id or 0)
-                    h2c.send_data(event.stream_id or 0, event.data or b"")
-                elif isinstance(event, h2.events.StreamEnded) and self._status == 200:
-                    h2c.end_stream(event.stream_id or 0)
+                    if event.stream_id not in waiting:
+                        h2c.send_data(event.stream_id or 0, event.data or b"")
+                elif isinstance(event, h2.events.StreamEnded):
+                    streams[event.stream_id or 0].ended = True
+                    if event.stream_id not in waiting:
+                        h2c.end_stream(event.stream_id or 0)
+                elif isinstance(event, h2.events.StreamReset):
+                    waiting.pop(event.stream_id or 0, None)
+            for stream, request in list(waiting.items()):
+                status = self._answer(request)
+                if status is not None:
+                    del waiting[stream]
+                    request.ahead = bytes(request.received)
+                    self._respond(h2c, stream, status, request)
             tls.sendall(h2c.data_to_send())
+
+    def _respond(self, h2c: h2.connection.H2Connection, stream: int, status: int, request: Request) -> None:
+        if status == REFUSED:
+            h2c.reset_stream(stream, h2.errors.ErrorCodes.REFUSED_STREAM)
+            return
+        h2c.send_headers(stream, [(":status", str(status))], end_stream=status != 200)
+        if status == 200:
+            if request.ahead:
+                h2c.send_data(stream, request.ahead)
+            if request.ended:
+                h2c.end_stream(stream)
 
 
 class Refused(Exception):
@@ -146,8 +189,13 @@ def exchange(
     *,
     method: str = "CONNECT",
     headers: tuple[tuple[str, str], ...] = (),
+    ahead: bool = False,
+    settings: dict[int, int] | None = None,
 ) -> bytes:
-    """Opens a tunnel from a namespace, one stream, sends data and its end, returns what came back. Raises Refused."""
+    """Opens a tunnel from a namespace, one stream, sends data and its end, returns what came back. Raises Refused.
+
+    `ahead`: the data goes right behind the request. `settings` receives those of the other side.
+    """
 
     def dial() -> socket.socket:
         made = socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET, socket.SOCK_STREAM)
@@ -157,13 +205,19 @@ def exchange(
 
     try:
         with inside(netns, dial) as raw, context(leaf, server=False).wrap_socket(raw) as tls:
-            return _exchange(tls, authority, data, method, headers)
+            return _exchange(tls, authority, data, method, headers, ahead, {} if settings is None else settings)
     except (OSError, h2.exceptions.ProtocolError) as error:
         raise Refused(f"{type(error).__name__}: {error}") from error
 
 
 def _exchange(
-    tls: ssl.SSLSocket, authority: str, data: bytes, method: str, headers: tuple[tuple[str, str], ...]
+    tls: ssl.SSLSocket,
+    authority: str,
+    data: bytes,
+    method: str,
+    headers: tuple[tuple[str, str], ...],
+    ahead: bool,
+    settings: dict[int, int],
 ) -> bytes:
     h2c = h2.connection.H2Connection(
         h2.config.H2Configuration(header_encoding="utf-8", validate_outbound_headers=False)
@@ -173,6 +227,9 @@ def _exchange(
     if method != "CONNECT":
         request += [(":scheme", "https"), (":path", "/")]
     h2c.send_headers(1, request)
+    if ahead:
+        for at in range(0, len(data), 16384):  # within what holds before the other's SETTINGS
+            h2c.send_data(1, data[at : at + 16384], end_stream=at + 16384 >= len(data))
     tls.sendall(h2c.data_to_send())
     back = bytearray()
     while True:
@@ -184,10 +241,13 @@ def _exchange(
                 status = int(dict(event.headers or [])[":status"])
                 if status != 200:
                     raise Refused(f"status {status}", status)
-                h2c.send_data(1, data, end_stream=True)
+                if not ahead:
+                    h2c.send_data(1, data, end_stream=True)
             elif isinstance(event, h2.events.DataReceived):
                 back += event.data or b""
                 h2c.acknowledge_received_data(event.flow_controlled_length or 0, 1)
+            elif isinstance(event, h2.events.RemoteSettingsChanged):
+                settings.update({int(code): what.new_value for code, what in event.changed_settings.items()})
             elif isinstance(event, h2.events.StreamReset):
                 raise Refused(f"stream reset with {event.error_code}")
             elif isinstance(event, h2.events.ConnectionTerminated):

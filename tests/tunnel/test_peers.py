@@ -3,7 +3,9 @@
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,112 @@ def test_a_refused_connect_is_a_reset(out: Nodes) -> None:
     out.retire_tunnels("server")
 
 
+def warm(out: Nodes) -> None:
+    """A tunnel to the peer stands, and its SETTINGS have come: they are ahead of its first answer."""
+    with connect(out["client"].path, out["server"].address(4), 8080) as client:
+        client.sendall(b"warm")
+        assert client.recv(4) == b"warm"
+
+
+def requests(peer: hbone_peer.Server, count: int) -> None:
+    """Until the peer has seen so many."""
+    end = time.monotonic() + 20
+    while len(peer.requests) < count:
+        assert time.monotonic() < end, peer.errors
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("size", [10, 70_000])
+@pytest.mark.parametrize("half", [False, True])
+def test_bytes_go_ahead_of_the_answer_where_the_peer_says_so(out: Nodes, size: int, half: bool) -> None:
+    server, payload = out["server"], secrets.token_bytes(size)
+
+    def answer(request: hbone_peer.Request) -> int | None:
+        first = request is peer.requests[0]
+        return 200 if first or (len(request.received) == size and request.ended == half) else None
+
+    leaf = out.authority.leaf(server.identity)
+    with hbone_peer.Server(server.path, server.address(4), leaf, early=True, answer=answer) as peer:
+        warm(out)
+        with connect(out["client"].path, server.address(4), 8080) as client:
+            client.sendall(payload)
+            if half:
+                client.shutdown(socket.SHUT_WR)
+            back = bytearray()
+            while len(back) < size:
+                back += client.recv(65536)
+            assert bytes(back) == payload
+            if not half:
+                client.sendall(b"more")
+            assert client.recv(4) == (b"" if half else b"more")
+    assert peer.requests[1].ahead == payload
+    out.retire_tunnels("server")
+
+
+def test_no_byte_goes_ahead_of_the_answer_of_others(out: Nodes) -> None:
+    server = out["server"]
+
+    def answer(request: hbone_peer.Request) -> int | None:
+        return 200 if request is peer.requests[0] or len(peer.requests) > 3 else None
+
+    with (
+        hbone_peer.Server(server.path, server.address(4), out.authority.leaf(server.identity), answer=answer) as peer,
+        ExitStack() as stack,
+    ):
+        warm(out)
+        # a byte of the first would be at the peer before the request of the third
+        clients = []
+        for number in (2, 3, 4):
+            clients.append(stack.enter_context(connect(out["client"].path, server.address(4), 8080)))
+            clients[-1].sendall(b"%d" % number)
+            requests(peer, number)
+        for number, client in zip((2, 3, 4), clients, strict=True):
+            assert client.recv(1) == b"%d" % number
+    assert [request.ahead for request in peer.requests[1:]] == [b"", b"", b""]
+    out.retire_tunnels("server")
+
+
+def test_what_went_ahead_of_a_refusal_is_a_reset(out: Nodes) -> None:
+    server = out["server"]
+
+    def answer(request: hbone_peer.Request) -> int | None:
+        return 200 if request is peer.requests[0] else 503 if request.received else None
+
+    leaf = out.authority.leaf(server.identity)
+    with hbone_peer.Server(server.path, server.address(4), leaf, early=True, answer=answer) as peer:
+        warm(out)
+        with pytest.raises(ConnectionResetError), connect(out["client"].path, server.address(4), 8080) as client:
+            client.sendall(b"ahead")
+            client.recv(1)
+    assert [bytes(request.received) for request in peer.requests] == [b"warm", b"ahead"]
+    out.retire_tunnels("server")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_went_ahead_of_an_unseen_request_is_sent_again(out: Nodes, half: bool) -> None:
+    server, payload = out["server"], secrets.token_bytes(40_000)
+
+    def answer(request: hbone_peer.Request) -> int | None:
+        if request is peer.requests[0]:
+            return 200
+        whole = len(request.received) == len(payload) and request.ended == half
+        return None if not whole else hbone_peer.REFUSED if request is peer.requests[1] else 200
+
+    leaf = out.authority.leaf(server.identity)
+    with hbone_peer.Server(server.path, server.address(4), leaf, early=True, answer=answer) as peer:
+        warm(out)
+        with connect(out["client"].path, server.address(4), 8080) as client:
+            client.sendall(payload)
+            if half:
+                client.shutdown(socket.SHUT_WR)
+            back = bytearray()
+            while len(back) < len(payload):
+                back += client.recv(65536)
+            assert bytes(back) == payload
+    assert [request.ahead for request in peer.requests[1:]] == [payload, payload]
+    out.retire_tunnels("server")
+
+
 def echo(listener: socket.socket, peers: list[str]) -> None:
     """One connection: what comes goes back, until its end."""
     accepted, peer = listener.accept()
@@ -95,8 +203,9 @@ def echo(listener: socket.socket, peers: list[str]) -> None:
             accepted.sendall(chunk)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("family", [4, 6])
-def test_the_engine_as_server(into: Nodes, family: int) -> None:
+def test_the_engine_as_server(into: Nodes, family: int, ahead: bool) -> None:
     client, server = into["client"], into["server"]
     address = server.address(family)
     payload = secrets.token_bytes(60_000)
@@ -106,7 +215,10 @@ def test_the_engine_as_server(into: Nodes, family: int) -> None:
         thread.start()
         authority = f"[{address}]:8080" if family == 6 else f"{address}:8080"
         leaf = into.authority.leaf(client.identity)
-        assert hbone_peer.exchange(client.path, address, leaf, authority, payload) == payload
+        settings: dict[int, int] = {}
+        back = hbone_peer.exchange(client.path, address, leaf, authority, payload, ahead=ahead, settings=settings)
+        assert back == payload
+        assert settings[hbone_peer.EARLY] == 1
         thread.join()
     assert peers == [client.address(family)]
 
@@ -124,6 +236,7 @@ def test_a_bad_client_reaches_nothing(into: Nodes, kind: str) -> None:
             listener.accept()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
     ("authority", "method", "status"),
     [
@@ -138,12 +251,12 @@ def test_a_bad_client_reaches_nothing(into: Nodes, kind: str) -> None:
         ("{server}:9", "CONNECT", 503),
     ],
 )
-def test_connects_that_are_refused(into: Nodes, authority: str, method: str, status: int) -> None:
+def test_connects_that_are_refused(into: Nodes, authority: str, method: str, status: int, ahead: bool) -> None:
     client, server = into["client"], into["server"]
     text = authority.format(other=client.address(4), server=server.address(4), own=server.ports["inbound"])
     leaf = into.authority.leaf(client.identity)
     with pytest.raises(hbone_peer.Refused) as refused:
-        hbone_peer.exchange(client.path, server.address(4), leaf, text, b"x", method=method)
+        hbone_peer.exchange(client.path, server.address(4), leaf, text, b"x", method=method, ahead=ahead)
     assert refused.value.status == status
 
 
