@@ -1089,12 +1089,22 @@ def test_the_next_engine_judges_when_it_has_all(world: World, application: socke
 
 
 def test_half_a_state_allows_nothing(world: World, application: socket.socket) -> None:
+    """The engine has who comes meanwhile, and lets them in when it has the rest."""
     restarted(world, ["client", "near", "third"])
     piece(world, "near", "client")
-    for _ in range(3):
-        closed(*world.by_engine(application))
+    before, captured = world.handed(), world.counter(world.client, "to_outbound")
+    held = [world.connect() for _ in range(3)]
+    eventually("held", lambda: sum(pod["held"] for pod in world.engine().dump("pods")) == len(held))
+    assert (world.handed(), world.counter(world.client, "to_outbound")) == (before, captured + len(held))
     piece(world, whole=True)
-    world.allow(application)
+    served = [application.accept()[0] for _ in held]
+    assert world.handed() == before
+    for ends, others in ((held, served), (served, held)):
+        for end in ends:
+            end.sendall(b"x")
+        assert [end.recv(1) for end in others] == [b"x"] * len(held)
+    closed(*held, *served)
+    closed(*world.native(application))
 
 
 def test_the_next_engine_cuts_what_a_piece_denies(world: World, application: socket.socket) -> None:
