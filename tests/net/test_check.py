@@ -39,6 +39,7 @@ here, there = __import__("socket").socketpair()
 import array, socket
 pid = os.fork()
 if pid == 0:
+    libc.prctl(1, 15, 0, 0, 0)  # PR_SET_PDEATHSIG: it ends with this one
     fd = install()
     there.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
     os.close(fd)
