@@ -96,6 +96,15 @@ static void account(struct flow *f, struct side *s)
         s->counted = s->out.cap;
 }
 
+static void side_leave(struct flow *f, struct side *s)
+{
+        if (s->left < 0)
+                return;
+        close(s->left);
+        s->left = -1;
+        atomic_fetch_sub(&f->w->engine->fds, 1);
+}
+
 /* cut: the RST leaves now, for dissolving the connection is a third of what close() costs; the rest waits for
  * conn_free_dead(). */
 static void side_close(struct flow *f, struct side *s, bool cut)
@@ -104,24 +113,12 @@ static void side_close(struct flow *f, struct side *s, bool cut)
         buf_free(&s->out);
         account(f, s);
         if (s->kind == SIDE_SOCKET && s->io.fd >= 0) {
-                if (cut && connect(s->io.fd, &nobody, sizeof(nobody)) == 0) {
-                        s->left = s->io.fd;
-                } else {
-                        close(s->io.fd);
-                        atomic_fetch_sub(&f->w->engine->fds, 1);
-                }
+                s->left = s->io.fd;
                 s->io.fd = -1;
+                if (!cut || connect(s->left, &nobody, sizeof(nobody)) < 0)
+                        side_leave(f, s);
         }
         s->kind = SIDE_NONE;
-}
-
-static void side_leave(struct flow *f, struct side *s)
-{
-        if (s->left < 0)
-                return;
-        close(s->left);
-        s->left = -1;
-        atomic_fetch_sub(&f->w->engine->fds, 1);
 }
 
 static const char *level_of(enum event_flag flag)

@@ -18,12 +18,15 @@ import pytest
 from tests.harness.cluster import Nodes
 from tests.harness.netns import inside, run
 from tests.harness.stand_in import plain
+from tests.net import test_vouched
 from tests.net.test_capture import eventually
 from tests.net.test_engine_policy import talk
 from tests.net.test_vouched import PORT, SLOT, World, closed, nobody
 
 SLOTS = 8192  # VOUCH_MAX_SLOTS
 FASTOPEN, MSG_FASTOPEN = 23, 0x20000000
+
+application = test_vouched.application  # the fixture, in the world of this file
 
 
 @pytest.fixture
@@ -34,13 +37,6 @@ def world(tmp_path: Path, family: int) -> Iterator[World]:
         run("nsenter", f"--net=/run/netns/{nodes.router}", "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
         nodes.publish()
         yield World(nodes, family)
-
-
-@pytest.fixture
-def application(world: World, closing: Callable[..., None]) -> socket.socket:
-    made = world.listen()
-    closing(made)
-    return made
 
 
 def sysctl(world: World, pod: str, setting: str) -> None:
