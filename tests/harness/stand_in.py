@@ -26,10 +26,11 @@ class CaptureError(Exception):
 class Capture:
     """One instance of the programs, in a directory of pins of its own."""
 
-    def __init__(self, pair: Pair, interface: str = "eth0") -> None:
+    def __init__(self, pair: Pair, interface: str = "eth0", *, door: bool = False) -> None:
         self.pair = pair
-        self.pins = str(BPFFS / f"t-{os.getpid()}" / "v2" / pair.pod).encode()
+        self.pins = str(BPFFS / f"t-{os.getpid()}" / "v3" / pair.pod).encode()
         self.interface = interface.encode()
+        self.door = door
         self._error = ffi.new("char[]", lib.CAPTURE_ERROR_LEN)
 
     def _check(self, result: int) -> int:
@@ -38,8 +39,10 @@ class Capture:
         return result
 
     def _netns(self, call: str, *args: object) -> int:
-        with open(self.pair.pod_path) as netns:
-            return int(getattr(lib, call)(self.pins, netns.fileno(), self.interface, *args, self._error))
+        """`door`: the namespace outside is the pod's host."""
+        with open(self.pair.pod_path) as netns, open(self.pair.outside_path if self.door else os.devnull) as host:
+            outside = host.fileno() if self.door else -1
+            return int(getattr(lib, call)(self.pins, outside, netns.fileno(), self.interface, *args, self._error))
 
     def prepare(self) -> None:
         self._check(lib.capture_prepare(self.pins, self.pair.addresses().encode(), self._error))

@@ -95,7 +95,7 @@ def test_probes_go_on_whatever_dies(node: Node, kubelet: Kubelet) -> None:
                 node.cluster.label("shop", "")
                 await node.released(web_pod)
                 await node.released(api_pod)
-                assert list((node.bpf_dir / "v2").iterdir()) == [] and attached(kubelet) == ""
+                assert list((node.bpf_dir / "v3").iterdir()) == [] and attached(kubelet) == ""
                 assert await probe(kubelet, host, web.v4) == host.v4
                 assert agent.probes.status()["active"]
 
@@ -132,7 +132,7 @@ def test_what_is_taken_away_is_put_back(node: Node, kubelet: Kubelet) -> None:
             await back()
             node.cluster.delete(web_pod)
             await eventually("gone", lambda: web_pod.uid not in agent.residents)
-            assert list((node.bpf_dir / "v2").iterdir()) == []
+            assert list((node.bpf_dir / "v3").iterdir()) == []
 
     run(work())
 

@@ -200,14 +200,14 @@ def test_an_agent_after_one_of_the_layout_before(node: Node, tmp_path: Path) -> 
                 for pod in (web_pod, api_pod):
                     assert agent.residents[pod.uid].capture is Mode.STRICT
                     await node.enrolled(pod, Mode.STRICT)
-                assert os.listdir(node.bpf_dir) == ["v2"]
+                assert os.listdir(node.bpf_dir) == ["v3"]
                 for address in (api.v4, api.v6):
                     await allow(node, web, api, api_pod, address)
                 await (await native(node, web, api, api_pod, api.v4)).close()
                 for _, pod in node.pods.values():
                     node.cluster.label("shop", "")
                     await node.released(pod)
-            assert os.listdir(node.bpf_dir / "v2") == []
+            assert os.listdir(node.bpf_dir / "v3") == []
 
     run(work())
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.cluster import Nodes
+from tests.harness.loss import losing
 from tests.harness.netns import inside, run
 from tests.harness.stand_in import plain
 from tests.net import test_vouched
@@ -80,7 +81,7 @@ def test_a_forged_syn_beside_the_genuine_one(world: World, application: socket.s
     """
     world.allow(application)
     handed, inbound = world.handed(), world.counter(world.near, "to_inbound")
-    with world.dropping(world.client, "meta l4proto tcp"):
+    with losing(world.client.pair):
         client = begin(world)
         port = client.getsockname()[1]
         isn = struct.unpack("IIQII", world.notes()[world.key(port)])[0]
@@ -103,7 +104,7 @@ def test_a_forged_syn_while_the_handshake_is_under_way(world: World, application
     """
     world.allow(application)
     handed = world.handed()
-    with world.dropping(world.near, "meta l4proto tcp"):
+    with losing(world.near.pair):
         client = begin(world)
         eventually("it is at the door", lambda: world.notes("pending", world.near))
         port = client.getsockname()[1]
@@ -125,7 +126,7 @@ def test_who_knows_the_number_opens_the_clients_connection(
     there. Bytes that are sent with a guessed number do not arrive.
     """
     world.allow(application)
-    with world.dropping(world.client, "meta l4proto tcp"):
+    with losing(world.client.pair):
         client = begin(world)
         port = client.getsockname()[1]
         isn = struct.unpack("IIQII", world.notes()[world.key(port)])[0]
@@ -276,7 +277,7 @@ def test_the_third_packet_meets_a_full_queue(world: World, closing: Callable[...
     closing(application)
     world.allow(application)
     early = [begin(world) for _ in range(2)]
-    with world.dropping(world.client, "tcp flags & syn == 0"):
+    with losing(world.client.pair, "all_but_syn"):
         clients = [*early, *(begin(world) for _ in range(2))]
         for client in clients:
             assert select.select([], [client], [], 20)[1]
@@ -298,7 +299,7 @@ def test_a_cookie_that_comes_late(world: World, application: socket.socket, wait
     """The listener keeps no request; the client's third packet is lost, and it says nothing for a while."""
     world.allow(application)
     sysctl(world, "near", "net.ipv4.tcp_syncookies=2")
-    with world.dropping(world.client, "tcp flags & syn == 0"):
+    with losing(world.client.pair, "all_but_syn"):
         client = begin(world)
         assert select.select([], [client], [], 20)[1]
         select.select([], [], [], wait_s)
