@@ -797,10 +797,13 @@ int door(struct __sk_buff *skb)
                 struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
                 if (fated && fated->fate == FATE_VOUCHED && fated->by_door)
                         return through(skb, fated->door);
-                if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0))
-                        return TC_ACT_UNSPEC;
-                if (!fated)
+                if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0)) {
+                        /* Its tunnels are most of what it sends. */
+                        if (full->src_port == CAPTURE_HBONE_PORT || full->dst_port == bpf_htons(CAPTURE_HBONE_PORT))
+                                return TC_ACT_UNSPEC;
+                } else if (!fated) {
                         full = NULL; /* the kernel's control socket, or one that makes packets of its own */
+                }
         }
         if (find_tcp(skb, &p) <= 0 || (p.payload && !full))
                 return TC_ACT_UNSPEC;

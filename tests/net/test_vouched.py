@@ -541,8 +541,8 @@ def test_an_old_note_is_worth_nothing(world: World, application: socket.socket) 
 
 @pytest.mark.parametrize("origin", ["third", "host", "source"])
 def test_a_forged_syn_is_not_the_noted_one(world: World, application: socket.socket, origin: str) -> None:
-    """With the tuple of a fresh note, and another number: not the application's. The control: with the number it is,
-    and so the client's, whose answer alone can end the handshake.
+    """With the tuple of a fresh note, and another number: not the application's. With the number neither, for it did not
+    come by the client's door. The control: the client's own is.
     """
     world.allow(application)
     port, isn = world.lost()
@@ -555,15 +555,18 @@ def test_a_forged_syn_is_not_the_noted_one(world: World, application: socket.soc
         eventually("it is the engine's", lambda: world.counter(world.near, "to_inbound") == inbound + 1)
     assert world.handed() == handed
     nobody(application)
+    closed(*world.native(application))
     if origin != "source":
+        handed, late = world.handed(), world.late()
         port, isn = world.lost()
         world.forge(origin, port, isn)
-        eventually("the control is handed over", lambda: world.handed() == handed + 1)
+        eventually("it is dropped", lambda: world.late() == late + 1)
+        assert world.handed() == handed
         nobody(application)
 
 
 def test_a_syn_is_for_once(world: World, application: socket.socket) -> None:
-    """Sent again by somebody who saw it: dropped while the first is under way, the engine's after that."""
+    """A tuple of before, sent again by somebody who saw it: the engine's. A SYN that is under way, sent again: dropped."""
     world.allow(application)
     client, served = world.native(application)
     port = client.getsockname()[1]
@@ -573,12 +576,15 @@ def test_a_syn_is_for_once(world: World, application: socket.socket) -> None:
     inbound = world.counter(world.near, "to_inbound")
     world.forge("host", port, 12345)
     eventually("it is the engine's", lambda: world.counter(world.near, "to_inbound") == inbound + 1)
-    port, isn = world.lost()
-    world.forge("host", port, isn)
-    eventually("the first is handed over", lambda: world.handed() == handed + 1)
-    late = world.late()
-    world.forge("host", port, isn)
-    eventually("the second is dropped", lambda: world.late() == late + 1)
+    with losing(world.near.pair):
+        client = world.client_socket()
+        client.connect_ex((world.address, PORT))
+        eventually("it is handed over", lambda: world.handed() == handed + 1)
+        (pending,) = world.notes("pending", world.near).values()
+        late = world.late()
+        world.forge("host", client.getsockname()[1], struct.unpack("IIQII", pending)[0])
+        eventually("the second is dropped", lambda: world.late() == late + 1)
+        client.close()
     assert world.handed() == handed + 1
     nobody(application)
 
