@@ -37,6 +37,15 @@
  * that is dropped and comes again. Bytes are counted at the end that sends them, by sequence number, so that what is
  * sent twice counts once. The end that closes second, or resets, says what became of the flow (`ended`).
  *
+ * Doors: between two such pods the host's network could be deceived (ARP, a bridge's table of MACs), and whoever has
+ * the bytes there can read and add. So `door`, at the host's end of each pod's link (tc ingress), moves a packet of a
+ * vouched flow straight to the other pod's end (bpf_redirect_peer), with a mark: it knows the flow by the socket, which
+ * a veth leaves with the packet, or, where there is none of the flow's (a SYN-ACK, a reset), by the connection that the
+ * packet meets in the other pod. Nobody else can set a mark that survives the way into a namespace, so `in_eth` takes
+ * notes from marked SYNs alone, and drops what comes for a vouched flow from a pod with a door and has no mark. A pair
+ * without doors is the engine's. Other connections between two pods with doors take the same way, without being asked
+ * to.
+ *
  * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note
  * there, so none is left; and nobody counts what they send, so the pod's end counts what it has received when it
  * acknowledges.

@@ -32,10 +32,10 @@
  *
  * Another layout of the pins (capture_upgrade): the maps that are as before are linked to under the new directory, so
  * whoever has them goes on (of v2 that is all of them, the node's too); programs and the other maps are loaded anew;
- * fates of v1 are carried from the one map to the other; the sk_lookup link gets the new program in one step, and its pin moves. The old tc filters, which the
- * namespace holds, turn round what the engine's sockets in the same `listeners` take, until they are exchanged. A
- * crash in the middle leaves the old pins, which are taken away last, and the same call finishes it. What comes to
- * nothing: counters, and probes of the kubelet that are under way.
+ * fates of v1 are carried from the one map to the other; the sk_lookup link gets the new program in one step, and its
+ * pin moves. The old tc filters, which the namespace holds, turn round what the engine's sockets in the same
+ * `listeners` take, until they are exchanged. A crash in the middle leaves the old pins, which are taken away last, and
+ * the same call finishes it. What comes to nothing: counters, and probes of the kubelet that are under way.
  *
  * The iterator needs the kernel's BTF, which takes time and memory to read, so it is loaded when it is first needed.
  */
@@ -330,7 +330,7 @@ static const struct filter filters[] = {
         {"out_eth", BPF_TC_EGRESS, false, CAPTURE_NO_OUT_ETH}, /* last: it sends packets to the others */
 };
 
-static const struct filter door = {"door", BPF_TC_INGRESS, false, CAPTURE_NO_DOOR}; /* in the host's namespace */
+static const struct filter door = {"door", BPF_TC_INGRESS, false, 0}; /* in the host's namespace */
 
 static uint32_t program_id(int fd)
 {
@@ -909,11 +909,10 @@ static void read_info(struct rtattr *info, struct end *out)
 /* Of the namespace that the thread is in. */
 static int read_end(int ifindex, struct end *out)
 {
-        struct request r = {
-                .header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.link)),
-                           .nlmsg_type = RTM_GETLINK,
-                           .nlmsg_flags = NLM_F_REQUEST},
-                .link = {.ifi_index = ifindex}};
+        struct request r = {.header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.link)),
+                                       .nlmsg_type = RTM_GETLINK,
+                                       .nlmsg_flags = NLM_F_REQUEST},
+                            .link = {.ifi_index = ifindex}};
         struct nlmsghdr answer[ANSWER / sizeof(struct nlmsghdr)];
         ssize_t n = ask(&r, answer);
         if (n < 0)
@@ -934,11 +933,10 @@ static int read_end(int ifindex, struct end *out)
 /* How this namespace numbers that one: >= 0, or -errno. */
 static int nsid_of(int netns)
 {
-        struct request r = {
-                .header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.nsid)),
-                           .nlmsg_type = RTM_GETNSID,
-                           .nlmsg_flags = NLM_F_REQUEST},
-                .nsid = {.rtgen_family = AF_UNSPEC}};
+        struct request r = {.header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.nsid)),
+                                       .nlmsg_type = RTM_GETNSID,
+                                       .nlmsg_flags = NLM_F_REQUEST},
+                            .nsid = {.rtgen_family = AF_UNSPEC}};
         struct nlmsghdr answer[ANSWER / sizeof(struct nlmsghdr)];
         r.header.nlmsg_len = NLMSG_ALIGN(r.header.nlmsg_len);
         attribute(&r, NETNSA_FD, &netns, sizeof(netns));
@@ -957,11 +955,10 @@ static int nsid_of(int netns)
 /* Does somebody else look at what comes in there? 1, 0 or -errno. */
 static int is_looked_at(int ifindex)
 {
-        struct request r = {
-                .header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.filter)),
-                           .nlmsg_type = RTM_GETTFILTER,
-                           .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP},
-                .filter = {.tcm_ifindex = ifindex, .tcm_parent = TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)}};
+        struct request r = {.header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.filter)),
+                                       .nlmsg_type = RTM_GETTFILTER,
+                                       .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP},
+                            .filter = {.tcm_ifindex = ifindex, .tcm_parent = TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)}};
         struct nlmsghdr answer[ANSWER / sizeof(struct nlmsghdr)];
         uint32_t programs = 0;
         /* TCX comes before clsact. libbpf 1.1 has no name for it; a kernel without it says EINVAL. */
@@ -1109,6 +1106,15 @@ static int open_door(const char *pins, int host, int netns, const char *interfac
         return result < 0 ? fail(error, result, "map doors of %s", pins) : 0;
 }
 
+int capture_door(const char *pins, int host, int netns, const char *interface, char *error)
+{
+        libbpf_set_print(silent);
+        if (has_door(pins, host) == 1)
+                return 0;
+        int result = open_door(pins, host, netns, interface, error);
+        return result < 0 ? result : 1;
+}
+
 /* First the addresses, then the program, if it is there. host -1: only the addresses, the link is gone. */
 static int close_door(const char *pins, int host, char *error)
 {
@@ -1177,7 +1183,7 @@ static int change_mode(const char *pins, int netns, const char *interface, int m
         return result < 0 ? fail(error, result, "map pod in %s", pins) : 0;
 }
 
-int capture_set_mode(const char *pins, int host, int netns, const char *interface, int mode, char *error)
+int capture_set_mode(const char *pins, int netns, const char *interface, int mode, char *error)
 {
         int back, result;
         libbpf_set_print(silent);
@@ -1187,8 +1193,6 @@ int capture_set_mode(const char *pins, int host, int netns, const char *interfac
                 return fail(error, result, "enter the network namespace");
         result = change_mode(pins, netns, interface, mode, error);
         leave(back);
-        if (result == 0 && host >= 0 && (result = open_door(pins, host, netns, interface, error)) == -EOPNOTSUPP)
-                result = 0; /* capture_verify says why */
         return result;
 }
 
@@ -1221,19 +1225,15 @@ static int missing(const char *pins, uint64_t ino, const char *interface)
         return found;
 }
 
-int capture_verify(const char *pins, int host, int netns, const char *interface, char *error)
+int capture_verify(const char *pins, int netns, const char *interface, char *error)
 {
         int back, result;
         uint64_t ino = 0;
-        struct capture_door_of unused;
         libbpf_set_print(silent);
         if ((result = inode_of(netns, &ino)) < 0 || (result = enter(netns, &back)) < 0)
                 return fail(error, result, "enter the network namespace");
         result = missing(pins, ino, interface);
         leave(back);
-        if (host >= 0 && has_door(pins, host) != 1)
-                result |= find_door(host, netns, interface, &unused, error) == -EOPNOTSUPP ? CAPTURE_DOORLESS
-                                                                                          : CAPTURE_NO_DOOR;
         return result;
 }
 

@@ -30,8 +30,6 @@
 #define CAPTURE_NO_ROUTE6 64
 #define CAPTURE_NO_ACCEPT_LOCAL 128
 #define CAPTURE_NO_IN_ETH 256
-#define CAPTURE_NO_DOOR 512
-#define CAPTURE_DOORLESS 1024 /* nothing is missing: the pod's link does not allow a door; error says why */
 
 /* Loads programs and maps, pins them; attaches nothing. addresses: comma separated, both families; they replace those
  * from before. */
@@ -53,13 +51,15 @@ int capture_sweep(const char *pins, int netns, char *error);
 int capture_sweep_notes(const char *node, char *error);
 /* Attaches what is not attached, in the order that lets nothing through (strict) or breaks nothing (lenient), and sets
  * the mode (enum capture_mode: STRICT, LENIENT, DRAINING). To LENIENT: -EAGAIN while connections from before are half
- * open; call again. host: the namespace in which the pod's link has its other end, for the pod's door there; -1: no
- * door is asked for, one that is there stays. */
-int capture_set_mode(const char *pins, int host, int netns, const char *interface, int mode, char *error);
+ * open; call again. */
+int capture_set_mode(const char *pins, int netns, const char *interface, int mode, char *error);
 /* The mode, and the inode of the namespace in which it is attached (0: nowhere). -ENOENT: no such instance. */
 int capture_read(const char *pins, uint32_t *mode, uint64_t *netns_ino, char *error);
-/* >= 0: CAPTURE_NO_*, CAPTURE_DOORLESS; host: as above. */
-int capture_verify(const char *pins, int host, int netns, const char *interface, char *error);
+/* >= 0: CAPTURE_NO_*. */
+int capture_verify(const char *pins, int netns, const char *interface, char *error);
+/* Keeps the pod's door, in `host`, the namespace in which its link has the other end. 0: it is there; 1: from now on.
+ * -EOPNOTSUPP: the link allows none. The pod's connections are captured as before without one. */
+int capture_door(const char *pins, int host, int netns, const char *interface, char *error);
 /* Bit i: slot i of `listeners` holds a socket. */
 int capture_listeners(const char *pins, char *error);
 /* Number of open connections from before the enrolment. */
@@ -71,7 +71,7 @@ int capture_held(const char *pins, int netns, char *error);
 int capture_counters(const char *pins, uint64_t *out, int n, char *error);
 const char *capture_counter_name(int counter);
 /* Takes everything out but the clsact qdiscs (deleting them loses packets) and removes the pins, the node's too where
- * it was the last pod. host: as above, where there may be a door, else -1; netns -1: it is gone. */
+ * it was the last pod. host: as above, where there may be a door, else -1. netns -1: it is gone. */
 int capture_detach(const char *pins, int host, int netns, const char *interface, char *error);
 /* Tries thing number i that capture needs of the kernel, and takes it back: each program alone, then all attached in a
  * namespace made for it. -ERANGE: there is no thing i. name: what it is, for people. */

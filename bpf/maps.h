@@ -105,12 +105,12 @@ struct capture_fated {
         __u32 fate;
         __u32 isn;
         __u32 slot, generation;
-        __u32 next;    /* sequence number behind the last byte that was counted */
-        __u8 opened;   /* it is the end that opened it */
-        __u8 by_door;  /* `door` is known */
-        __u16 told;    /* that it has ended */
-        __u64 bytes;   /* sent by this end */
-        __u64 since;   /* CLOCK_MONOTONIC in ns */
+        __u32 next;   /* sequence number behind the last byte that was counted */
+        __u8 opened;  /* it is the end that opened it */
+        __u8 by_door; /* `door` is known */
+        __u16 told;   /* that it has ended */
+        __u64 bytes;  /* sent by this end */
+        __u64 since;  /* CLOCK_MONOTONIC in ns */
         union {
                 __u64 received; /* by this end, where the other one is outside the mesh */
                 __u32 door;     /* interface of the other end's door */

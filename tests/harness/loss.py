@@ -25,12 +25,17 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
+def lose_object() -> str:
+    """The object file; its sections are tc/tcp and tc/all_but_syn."""
+    return f"{_folder().name}/lose.o"
+
+
 @contextlib.contextmanager
 def losing(pair: Pair, what: str = "tcp") -> Iterator[None]:
     """`what`: tcp, or all_but_syn."""
     tc = ("nsenter", f"--net={pair.pod_path}", "tc")
     where = ("dev", "eth0", "egress", "pref", _PREF)
-    run(*tc, "filter", "add", *where, "bpf", "direct-action", "object-file", f"{_folder().name}/lose.o", "section", f"tc/{what}")
+    run(*tc, "filter", "add", *where, "bpf", "direct-action", "object-file", lose_object(), "section", f"tc/{what}")
     try:
         yield
     finally:

@@ -30,7 +30,7 @@ class Capture:
         self.pair = pair
         self.pins = str(BPFFS / f"t-{os.getpid()}" / "v3" / pair.pod).encode()
         self.interface = interface.encode()
-        self.door = door
+        self.with_door = door
         self._error = ffi.new("char[]", lib.CAPTURE_ERROR_LEN)
 
     def _check(self, result: int) -> int:
@@ -39,22 +39,31 @@ class Capture:
         return result
 
     def _netns(self, call: str, *args: object) -> int:
-        """`door`: the namespace outside is the pod's host."""
-        with open(self.pair.pod_path) as netns, open(self.pair.outside_path if self.door else os.devnull) as host:
-            outside = host.fileno() if self.door else -1
-            return int(getattr(lib, call)(self.pins, outside, netns.fileno(), self.interface, *args, self._error))
+        with open(self.pair.pod_path) as netns:
+            return int(getattr(lib, call)(self.pins, netns.fileno(), self.interface, *args, self._error))
+
+    def _both(self, call: str) -> int:
+        """The namespace outside is the pod's host."""
+        with open(self.pair.pod_path) as netns, open(self.pair.outside_path) as host:
+            return int(getattr(lib, call)(self.pins, host.fileno(), netns.fileno(), self.interface, self._error))
 
     def prepare(self) -> None:
         self._check(lib.capture_prepare(self.pins, self.pair.addresses().encode(), self._error))
 
     def set_mode(self, mode: int) -> None:
         self._check(self._netns("capture_set_mode", mode))
+        if self.with_door:
+            self.door()
+
+    def door(self) -> bool:
+        """True: there was none."""
+        return bool(self._check(self._both("capture_door")))
 
     def verify(self) -> int:
         return self._check(self._netns("capture_verify"))
 
     def detach(self) -> None:
-        self._check(self._netns("capture_detach"))
+        self._check(self._both("capture_detach"))
         for folder in Path(self.pins.decode()).parents[:2]:
             with contextlib.suppress(OSError):  # another instance of this run is in it
                 folder.rmdir()

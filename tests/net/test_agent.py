@@ -81,7 +81,7 @@ class Node:
         """An agent as the command starts it, but for the API and the pages. At the end it is gone as after kill -9."""
         self.state_file.write_text(yaml.safe_dump(self.state))
         authority = FileAuthority()
-        captures = Captures(self.bpf_dir, self.same_node == "native", Path(self.bridge.path))
+        captures = Captures(self.bpf_dir, Path(self.bridge.path))
         agent = Agent(
             place=Place(
                 NODE,

@@ -541,7 +541,7 @@ def test_an_old_note_is_worth_nothing(world: World, application: socket.socket) 
 
 @pytest.mark.parametrize("origin", ["third", "host", "source"])
 def test_a_forged_syn_is_not_the_noted_one(world: World, application: socket.socket, origin: str) -> None:
-    """With the tuple of a fresh note, and another number: not the application's. With the number neither, for it did not
+    """With the tuple of a fresh note and another number: not the application's. With the number neither, for it did not
     come by the client's door. The control: the client's own is.
     """
     world.allow(application)
@@ -566,7 +566,7 @@ def test_a_forged_syn_is_not_the_noted_one(world: World, application: socket.soc
 
 
 def test_a_syn_is_for_once(world: World, application: socket.socket) -> None:
-    """A tuple of before, sent again by somebody who saw it: the engine's. A SYN that is under way, sent again: dropped."""
+    """A tuple of before, sent again by somebody who saw it: the engine's. A SYN under way, sent again: dropped."""
     world.allow(application)
     client, served = world.native(application)
     port = client.getsockname()[1]

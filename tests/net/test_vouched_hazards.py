@@ -120,7 +120,7 @@ def test_a_forged_syn_while_the_handshake_is_under_way(world: World, application
 
 @pytest.mark.parametrize("origin", ["third", "far", "host"])
 def test_who_knows_the_number_opens_nothing(world: World, application: socket.socket, origin: str) -> None:
-    """A copy of the very SYN, sent before the genuine one arrives, did not come by the client's door: it is dropped, and
+    """A copy of the very SYN, sent before the genuine one comes, did not take the client's door: it is dropped, and
     the pair is the engine's for a while. The client's own comes again and is served.
     """
     world.allow(application)

@@ -39,9 +39,7 @@ _MISSING = {
     _lib.CAPTURE_NO_ROUTE4: "IPv4 rule or route",
     _lib.CAPTURE_NO_ROUTE6: "IPv6 rule or route",
     _lib.CAPTURE_NO_ACCEPT_LOCAL: "accept_local of lo",
-    _lib.CAPTURE_NO_DOOR: "program at the host's end",
 }
-_NOT_SUPPORTED = f": {os.strerror(errno.EOPNOTSUPP)}"
 _ALL_SLOTS = (1 << _lib.SLOT_COUNT) - 1
 _LAYOUT, _FORMER = "v3", ("v2", "v1")  # CAPTURE_LAYOUT of bpf/loader.h, and what capture_upgrade knows
 _NODE = "node"  # the kubelet exemption's pins, beside the pods'
@@ -69,14 +67,12 @@ class Found:
 @dataclass(frozen=True, slots=True)
 class Verified:
     """`missing`: what is not where it was put, in words. `listeners`: the engine's sockets are in every slot.
-    `pins`: the maps can still be reached. `doorless`: why the pod has no door, so that nothing passes natively between
-    it and other pods.
+    `pins`: the maps can still be reached.
     """
 
     missing: str
     listeners: bool
     pins: bool = True
-    doorless: str = ""
 
     @property
     def intact(self) -> bool:
@@ -87,10 +83,10 @@ class Verified:
 class Captures:
     """The instances of this node. A netns that is handed in may be closed by its owner at any time."""
 
-    def __init__(self, directory: Path, doors: bool, host: Path = Path("/proc/self/ns/net")) -> None:
-        """Opens (and makes) the directory of pins; takes over what an agent of a layout before left. `doors`: pods get
-        one, in `host`, the namespace where their links end. Raises CaptureError where the directory is not on a bpffs,
-        or where taking over cannot be done: it then stays as it is.
+    def __init__(self, directory: Path, host: Path = Path("/proc/self/ns/net")) -> None:
+        """Opens (and makes) the directory of pins; takes over what an agent of a layout before left. `host`: the
+        namespace where the pods' links end. Raises CaptureError where the directory is not on a bpffs, or where taking
+        over cannot be done: it then stays as it is.
         """
         _require_bpffs(directory)
         self._directory = directory / _LAYOUT
@@ -98,7 +94,6 @@ class Captures:
         for former in _FORMER:
             self._upgrade(directory / former)
         self._host = os.open(host, os.O_RDONLY | os.O_CLOEXEC)
-        self._doors = self._host if doors else -1
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="capture")
 
     def close(self) -> None:
@@ -150,17 +145,23 @@ class Captures:
     async def set_mode(self, uid: str, netns: Netns, interface: str, mode: Capture) -> None:
         """Attaches, or changes, to STRICT, LENIENT or DRAINING. Raises NotYet."""
 
-
         def work(fd: int, error: Any) -> int:
-            return int(
-                _lib.capture_set_mode(self._pins(uid), self._doors, fd, interface.encode(), _MODES[mode], error)
-            )
+            return int(_lib.capture_set_mode(self._pins(uid), fd, interface.encode(), _MODES[mode], error))
 
         await self._with(netns, work)
 
+    async def door(self, uid: str, netns: Netns, interface: str) -> bool:
+        """Keeps the pod's door, so that flows between it and other pods of this node may pass natively. True: there was
+        none, and now there is. Raises CaptureError where there can be none; the pod is captured all the same.
+        """
+
+        def work(fd: int, error: Any) -> int:
+            return int(_lib.capture_door(self._pins(uid), self._host, fd, interface.encode(), error))
+
+        return bool(await self._with(netns, work))
+
     async def detach(self, uid: str, netns: Netns | None, interface: str) -> None:
         """Takes everything out; also where the namespace is gone (None)."""
-
 
         def work(fd: int, error: Any) -> int:
             return int(_lib.capture_detach(self._pins(uid), self._host, fd, interface.encode(), error))
@@ -169,21 +170,16 @@ class Captures:
 
     async def verify(self, uid: str, netns: Netns | None, interface: str) -> Verified:
         """Compares what should be attached with what is; without a namespace only the listeners are looked at."""
-        doorless = ""
 
         def work(fd: int, error: Any) -> int:
-            nonlocal doorless
-            found = int(_lib.capture_verify(self._pins(uid), self._doors, fd, interface.encode(), error))
-            if found > 0 and found & _lib.CAPTURE_DOORLESS:
-                doorless = _ffi.string(error).decode("utf-8", "replace").removesuffix(_NOT_SUPPORTED)
-            return found
+            return int(_lib.capture_verify(self._pins(uid), fd, interface.encode(), error))
 
         bits = await self._with(netns, work) if netns is not None else 0
         missing = ", ".join(word for bit, word in _MISSING.items() if bits & bit)
         if bits & _lib.CAPTURE_NO_PINS:
             return Verified(missing, listeners=False, pins=False)
         slots = await self._call(lambda: _check(lambda error: _lib.capture_listeners(self._pins(uid), error)))
-        return Verified(missing, slots & _ALL_SLOTS == _ALL_SLOTS, doorless=doorless)
+        return Verified(missing, slots & _ALL_SLOTS == _ALL_SLOTS)
 
     async def old(self, uid: str, netns: Netns) -> int:
         """Connections from before the enrolment that are still open."""

@@ -60,7 +60,7 @@ async def serve(config: Config, listeners: dict[str, socket.socket]) -> int:
         from sidestep.node import statefile  # YAML and X.509 parsing cost memory that only tests need
     async with KubeClient.from_config(config.kubeconfig) as client:
         api = ClusterApi(client, config.system_namespace)
-        captures = Captures(config.bpf_dir, doors=config.same_node == "native")
+        captures = Captures(config.bpf_dir)
         names = Names(
             trust_domain=config.trust_domain,
             cluster_id=config.cluster_id,
