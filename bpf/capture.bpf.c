@@ -37,6 +37,15 @@
  * that is dropped and comes again. Bytes are counted at the end that sends them, by sequence number, so that what is
  * sent twice counts once. The end that closes second, or resets, says what became of the flow (`ended`).
  *
+ * Doors: between two such pods the host's network could be deceived (ARP, a bridge's table of MACs), and whoever has
+ * the bytes there can read and add. So `door`, at the host's end of each pod's link (tc ingress), moves a packet of a
+ * vouched flow straight to the other pod's end (bpf_redirect_peer), with a mark: it knows the flow by the socket, which
+ * a veth leaves with the packet, or, where there is none of the flow's (a SYN-ACK, a reset), by the connection that the
+ * packet meets in the other pod. Nobody else can set a mark that survives the way into a namespace, so `in_eth` takes
+ * notes from marked SYNs alone, and drops what comes for a vouched flow from a pod with a door and has no mark. A pair
+ * without doors is the engine's. Other connections between two pods with doors take the same way, without being asked
+ * to.
+ *
  * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note
  * there, so none is left; and nobody counts what they send, so the pod's end counts what it has received when it
  * acknowledges.
@@ -71,6 +80,13 @@
 #define MAX_EXTENSIONS 8
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
+
+struct map_of_asking {
+        __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+        __uint(max_entries, 1);
+        __type(key, __u32);
+        __type(value, __u32);
+};
 
 struct {
         __uint(type, BPF_MAP_TYPE_SOCKMAP);
@@ -150,12 +166,19 @@ struct {
 } counters SEC(".maps");
 
 /* Set while a program of ours asks for a connection: the look-up runs steer, which then has no say. */
+struct map_of_asking asking SEC(".maps");
+
+/* The node's: the same, while a door asks for one of another pod. */
+struct map_of_asking doors_asking SEC(".maps");
+
+/* The node's: which pods have a door, by address. A miss: packets take the way that the host has for them. */
 struct {
-        __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-        __uint(max_entries, 1);
-        __type(key, __u32);
-        __type(value, __u32);
-} asking SEC(".maps");
+        __uint(type, BPF_MAP_TYPE_HASH);
+        __uint(map_flags, BPF_F_NO_PREALLOC);
+        __uint(max_entries, CAPTURE_MAX_DOORS);
+        __type(key, struct capture_address);
+        __type(value, struct capture_door_of);
+} doors SEC(".maps");
 
 static __always_inline void count(__u32 what)
 {
@@ -312,26 +335,36 @@ static __always_inline int find_tcp(struct __sk_buff *skb, struct packet *p)
         return at;
 }
 
-/* Would this packet, if it came in, meet a connection of this namespace (or its request, or its TIME_WAIT)? On the way
- * out of eth0 the other end then is the engine. A listener is no answer. */
+/* The connection (or its request, or its TIME_WAIT) that this packet would meet if it came into that namespace; to be
+ * released. A listener is no answer. ask: of the map that keeps that namespace's steer out of it. */
+static __always_inline struct bpf_sock *find_connection(struct __sk_buff *skb, struct packet *p, __u64 nsid, __u32 *ask)
+{
+        __u32 size = p->tuple_size;
+        barrier_var(size); /* the verifier wants to see a constant */
+        if (size != sizeof(p->tuple.ipv4))
+                size = sizeof(p->tuple.ipv6);
+        *ask = 1;
+        struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &p->tuple, size, nsid, 0);
+        *ask = 0;
+        if (sk && sk->state == TCP_LISTEN) {
+                bpf_sk_release(sk);
+                return NULL;
+        }
+        return sk;
+}
+
+/* Is there one in this namespace? On the way out of eth0 the other end then is the engine. */
 static __always_inline bool meets_connection(struct __sk_buff *skb, struct packet *p)
 {
         __u32 zero = 0;
         __u32 *ask = bpf_map_lookup_elem(&asking, &zero);
         if (!ask)
                 return true; /* cannot be */
-        __u32 size = p->tuple_size;
-        barrier_var(size); /* the verifier wants to see a constant */
-        if (size != sizeof(p->tuple.ipv4))
-                size = sizeof(p->tuple.ipv6);
-        *ask = 1;
-        struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &p->tuple, size, BPF_F_CURRENT_NETNS, 0);
-        *ask = 0;
+        struct bpf_sock *sk = find_connection(skb, p, BPF_F_CURRENT_NETNS, ask);
         if (!sk)
                 return false;
-        bool connection = sk->state != TCP_LISTEN;
         bpf_sk_release(sk);
-        return connection;
+        return true;
 }
 
 /* The tuple of a packet that the pod sends. */
@@ -366,6 +399,15 @@ static __always_inline struct vouch_slot *slot_of(__u32 slot, __u32 generation)
         return s && generation && *(volatile __u32 *)&s->generation == generation ? s : NULL;
 }
 
+/* The interface of the door of the pod with this address, 0: it has none. */
+static __always_inline __u32 door_of(const __u8 *address)
+{
+        struct capture_address key;
+        __builtin_memcpy(key.ip, address, 16);
+        struct capture_door_of *d = bpf_map_lookup_elem(&doors, &key);
+        return d ? d->ifindex : 0;
+}
+
 /* Did the socket begin with this SYN? What it has received leads back to it; a FIN counts one more. */
 static __always_inline bool began_with(struct bpf_sock *sk, struct bpf_tcp_sock *tcp, __u32 isn)
 {
@@ -398,6 +440,8 @@ static __always_inline void accepted(struct bpf_sock *sk, struct packet *p, stru
                         now->generation = syn->generation;
                         now->next = p->seq + p->syn; /* Fast Open: the SYN-ACK is the accepted socket's */
                         now->since = syn->when;
+                        now->door = door_of(t.remote);
+                        now->by_door = now->door != 0;
                         bpf_map_delete_elem(&pending, &t);
                 }
         }
@@ -440,10 +484,15 @@ static __always_inline bool vouch(struct packet *p, struct capture_fated *fated,
         if (!engine)
                 return false; /* nobody would withdraw it */
         bpf_sk_release(engine);
-        if (s->taken == VOUCH_OUTSIDE)
+        if (s->taken == VOUCH_OUTSIDE) {
                 count(COUNT_OUTSIDE);
-        else if (!leave_note(&t, port, &what))
-                return false;
+        } else {
+                /* Without a door the bytes would cross the node's own network, where others may read them. */
+                now->door = door_of(t.remote);
+                now->by_door = 1;
+                if (!now->door || !door_of(t.local) || !leave_note(&t, port, &what))
+                        return false;
+        }
         now->fate = FATE_VOUCHED;
         now->slot = what.slot;
         now->generation = what.generation;
@@ -736,6 +785,70 @@ int out_lo(struct __sk_buff *skb)
         return TC_ACT_UNSPEC;
 }
 
+/* From door to door: the packet comes out of the other pod's interface, with a mark that says so. */
+static __always_inline int through(struct __sk_buff *skb, __u32 ifindex)
+{
+        count(COUNT_DOOR);
+        bpf_skb_change_type(skb, 0 /* PACKET_HOST */); /* whatever MAC the pod was made to believe in */
+        skb->mark = CAPTURE_MARK_DOOR;
+        return bpf_redirect_peer(ifindex, 0);
+}
+
+SEC("tc")
+int door(struct __sk_buff *skb)
+{
+        struct packet p = {};
+        struct capture_tuple t;
+        struct capture_address key;
+        struct bpf_sock *full = NULL, *sk = skb->sk; /* a veth leaves the packet its socket */
+        if (sk) {
+                full = bpf_sk_fullsock(sk);
+                struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
+                if (fated && fated->fate == FATE_VOUCHED && fated->by_door)
+                        return through(skb, fated->door);
+                if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0)) {
+                        /* Its tunnels are most of what it sends. */
+                        if (full->src_port == CAPTURE_HBONE_PORT || full->dst_port == bpf_htons(CAPTURE_HBONE_PORT))
+                                return TC_ACT_UNSPEC;
+                } else if (!fated) {
+                        full = NULL; /* the kernel's control socket, or one that makes packets of its own */
+                }
+        }
+        if (find_tcp(skb, &p) <= 0 || (p.payload && !full))
+                return TC_ACT_UNSPEC;
+        tuple_of(&p, &t);
+        if (t.local_port == CAPTURE_HBONE_PORT || t.remote_port == CAPTURE_HBONE_PORT)
+                return TC_ACT_UNSPEC;
+        __builtin_memcpy(key.ip, t.remote, 16);
+        struct capture_door_of *to = bpf_map_lookup_elem(&doors, &key);
+        if (!to || door_of(t.local) != skb->ifindex) /* who speaks for another pod goes no short way */
+                return TC_ACT_UNSPEC;
+        __u32 zero = 0, *ask = bpf_map_lookup_elem(&doors_asking, &zero);
+        sk = ask ? find_connection(skb, &p, to->nsid, ask) : NULL;
+        if (!sk)
+                return TC_ACT_UNSPEC;
+        bpf_sk_release(sk);
+        return through(skb, to->ifindex);
+}
+
+/* Is this packet, which did not come by a door, for a vouched flow? t: as the pod sees it. */
+static __always_inline bool astray(struct __sk_buff *skb, struct capture_tuple *t)
+{
+        struct packet p = {};
+        if (t->local_port == CAPTURE_HBONE_PORT || t->remote_port == CAPTURE_HBONE_PORT || !door_of(t->remote) ||
+            find_tcp(skb, &p) <= 0)
+                return false;
+        __u32 zero = 0, *ask = bpf_map_lookup_elem(&asking, &zero);
+        struct bpf_sock *sk = ask ? find_connection(skb, &p, BPF_F_CURRENT_NETNS, ask) : NULL;
+        if (!sk)
+                return false;
+        struct bpf_sock *full = bpf_sk_fullsock(sk);
+        struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
+        bool vouched_for = fated && fated->fate == FATE_VOUCHED && fated->by_door;
+        bpf_sk_release(sk);
+        return vouched_for;
+}
+
 SEC("tc")
 int in_eth(struct __sk_buff *skb)
 {
@@ -743,6 +856,9 @@ int in_eth(struct __sk_buff *skb)
         struct ethhdr *eth = data;
         struct capture_tuple t = {};
         struct tcphdr *tcp;
+        bool by_door = skb->mark == CAPTURE_MARK_DOOR;
+        if (by_door)
+                skb->mark = 0;
         if ((void *)(eth + 1) > end)
                 return TC_ACT_UNSPEC;
         if (eth->h_proto == bpf_htons(ETH_P_IP)) {
@@ -751,7 +867,7 @@ int in_eth(struct __sk_buff *skb)
                     ip->frag_off & bpf_htons(0x3fff))
                         return TC_ACT_UNSPEC;
                 tcp = (void *)(ip + 1);
-                if ((void *)(tcp + 1) > end || !tcp->syn || tcp->ack)
+                if ((void *)(tcp + 1) > end || (by_door && (!tcp->syn || tcp->ack)))
                         return TC_ACT_UNSPEC;
                 mapped(t.local, ip->daddr);
                 mapped(t.remote, ip->saddr);
@@ -760,7 +876,7 @@ int in_eth(struct __sk_buff *skb)
                 if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
                         return TC_ACT_UNSPEC;
                 tcp = (void *)(ip + 1);
-                if ((void *)(tcp + 1) > end || !tcp->syn || tcp->ack)
+                if ((void *)(tcp + 1) > end || (by_door && (!tcp->syn || tcp->ack)))
                         return TC_ACT_UNSPEC;
                 __builtin_memcpy(t.local, &ip->daddr, 16);
                 __builtin_memcpy(t.remote, &ip->saddr, 16);
@@ -769,6 +885,8 @@ int in_eth(struct __sk_buff *skb)
         }
         t.local_port = bpf_ntohs(tcp->dest);
         t.remote_port = bpf_ntohs(tcp->source);
+        if (!tcp->syn || tcp->ack)
+                return astray(skb, &t) ? drop(COUNT_IN_ASTRAY) : TC_ACT_UNSPEC;
         struct capture_probe now = {.isn = bpf_ntohl(tcp->seq), .open = 1, .when = bpf_ktime_get_ns()};
         struct capture_probe *note = bpf_map_lookup_elem(&probe_notes, &t);
         if (note && note->isn == now.isn && now.when - note->when < KUBELET_NOTE_NS) {
@@ -783,7 +901,9 @@ int in_eth(struct __sk_buff *skb)
         note = bpf_map_lookup_elem(&vouched, &t);
         if (note && note->isn == now.isn) {
                 struct vouch_slot *s = slot_of(note->slot, note->generation);
-                bool good = s && now.when - note->when < KUBELET_NOTE_NS;
+                bool good = s && by_door && now.when - note->when < KUBELET_NOTE_NS;
+                if (s && !by_door)
+                        s->full = now.when; /* its way to the door is blocked: the next one is the engine's */
                 now.slot = note->slot;
                 now.generation = note->generation;
                 /* First the one, then the other: between them it must not be nobody's. */
@@ -822,8 +942,8 @@ int steer(struct bpf_sk_lookup *ctx)
         struct capture_address local = {};
         struct capture_own_key key = {};
         __u32 zero = 0;
-        __u32 *ask = bpf_map_lookup_elem(&asking, &zero);
-        if (ctx->protocol != IPPROTO_TCP || m == MODE_OFF || (ask && *ask))
+        __u32 *ask = bpf_map_lookup_elem(&asking, &zero), *other = bpf_map_lookup_elem(&doors_asking, &zero);
+        if (ctx->protocol != IPPROTO_TCP || m == MODE_OFF || (ask && *ask) || (other && *other))
                 return SK_PASS;
         if (ctx->family == AF_INET) {
                 mapped(local.ip, ctx->local_ip4);

@@ -39,7 +39,7 @@ int flows(struct bpf_iter__bpf_sk_storage_map *ctx)
         flow.generation = fated->generation;
         flow.opened = fated->opened;
         flow.bytes = fated->bytes;
-        flow.received = fated->received;
+        flow.received = fated->by_door ? 0 : fated->received;
         flow.since = fated->since;
         flow.cookie = bpf_get_socket_cookie(sk);
         bpf_seq_write(ctx->meta->seq, &flow, sizeof(flow));

@@ -25,12 +25,17 @@
  * goes with the last, so that all pods that are there read the same notes. The program carries the id of the cgroup's
  * directory; another directory (the kubelet was started anew) means another program and link.
  *
+ * A door is the program `door` at the host's end of the pod's link (tc ingress there), with the pod's addresses in the
+ * node's map `doors`. First the program, then the addresses: from then on the other pods' in_eth wants to see its mark.
+ * It goes the other way round. A link that is no veth between these two namespaces, or at whose end somebody else's
+ * programs look at the packets (they may have a policy to enforce), gets none.
+ *
  * Another layout of the pins (capture_upgrade): the maps that are as before are linked to under the new directory, so
- * whoever has them goes on; programs and the other maps are loaded anew; fates are carried from the one map to the
- * other; the sk_lookup link gets the new program in one step, and its pin moves. The old tc filters, which the
- * namespace holds, turn round what the engine's sockets in the same `listeners` take, until they are exchanged. A
- * crash in the middle leaves the old pins, which are taken away last, and the same call finishes it. What comes to
- * nothing: counters, and probes of the kubelet that are under way.
+ * whoever has them goes on (of v2 that is all of them, the node's too); programs and the other maps are loaded anew;
+ * fates of v1 are carried from the one map to the other; the sk_lookup link gets the new program in one step, and its
+ * pin moves. The old tc filters, which the namespace holds, turn round what the engine's sockets in the same
+ * `listeners` take, until they are exchanged. A crash in the middle leaves the old pins, which are taken away last, and
+ * the same call finishes it. What comes to nothing: counters, and probes of the kubelet that are under way.
  *
  * The iterator needs the kernel's BTF, which takes time and memory to read, so it is loaded when it is first needed.
  */
@@ -47,6 +52,8 @@
 #include <linux/inet_diag.h>
 #include <linux/magic.h>
 #include <linux/membarrier.h>
+#include <linux/net_namespace.h>
+#include <linux/pkt_sched.h>
 #include <linux/rtnetlink.h>
 #include <linux/sock_diag.h>
 #include <net/if.h>
@@ -78,17 +85,19 @@
 
 static const char *const map_names[] = {"listeners", "engine_sk", "fates", "own",      "probes", "asking",
                                         "addresses", "counters",  "pod",   "verdicts", "pending"};
-static const char *const program_names[] = {"out_eth", "in_eth", "in_lo", "out_lo", "steer"};
+static const char *const program_names[] = {"out_eth", "in_eth", "in_lo", "out_lo", "steer", "door"};
 static const char *const survey_names[] = {"note", "claim", "survey", "adopt", "carry"}; /* loaded when needed */
 static const char *const node_names[] = {"link", "probe_syn", "probe_ports", "kubelet_counters", "probe_notes"};
 #define NODE "node" /* no pod's UID */
 #define NODE_PATH (PATH_MAX - 64)
 /* What vouched flows need of the node. */
-static const char *const vouch_names[] = {"vouched", "slots", "ended", "flows"};
-/* The maps that are the same in the layout before. */
+static const char *const vouch_names[] = {"vouched", "slots", "ended", "flows", "doors", "doors_asking"};
+/* The maps that are the same in v1, and those that only v2 has. */
 static const char *const kept_names[] = {"listeners", "engine_sk", "own", "asking", "addresses", "pod"};
+static const char *const kept_of_v2[] = {"fates", "verdicts", "pending", "probes"};
+static const char *const kept_of_node[] = {"vouched", "slots", "ended"};
 /* The maps that pods take from there. */
-static const char *const shared_names[] = {"probe_notes", "vouched", "slots", "ended"};
+static const char *const shared_names[] = {"probe_notes", "vouched", "slots", "ended", "doors", "doors_asking"};
 
 static int fail(char *error, int code, const char *format, ...)
 {
@@ -171,13 +180,16 @@ static int inode_of(int netns, uint64_t *ino)
         return 0;
 }
 
-/* -- netlink: one rule and one route a family --------------------------------------------------------------------- */
+/* -- netlink --------------------------------------------------------------------- */
 
 struct request {
         struct nlmsghdr header;
         union {
                 struct fib_rule_hdr rule;
                 struct rtmsg route;
+                struct ifinfomsg link;
+                struct rtgenmsg nsid;
+                struct tcmsg filter;
         };
         char attributes[256];
 };
@@ -191,29 +203,38 @@ static void attribute(struct request *r, unsigned short type, const void *data, 
         r->header.nlmsg_len = NLMSG_ALIGN(r->header.nlmsg_len) + RTA_LENGTH(length);
 }
 
-/* Sends, returns the kernel's answer: 0, -errno, or for a look-up the type of the route. */
-static int talk(struct request *r)
+#define ANSWER 32768 /* what the kernel gives at most in one piece */
+
+/* Sends, and writes the first piece of the kernel's answer. Its bytes, or -errno, what the kernel says of an error
+ * included. */
+static ssize_t ask(struct request *r, struct nlmsghdr *answer)
 {
-        char answer[4096];
-        int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE), result;
+        int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
         if (fd < 0)
                 return -errno;
         struct timeval limit = {.tv_sec = 5};
         setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-        if (send(fd, r, r->header.nlmsg_len, 0) < 0) {
-                result = -errno;
-        } else {
-                ssize_t n = recv(fd, answer, sizeof(answer), 0);
-                struct nlmsghdr *h = (struct nlmsghdr *)answer;
-                if (n < (ssize_t)sizeof(*h))
-                        result = n < 0 ? -errno : -EPROTO;
-                else if (h->nlmsg_type == NLMSG_ERROR)
-                        result = ((struct nlmsgerr *)NLMSG_DATA(h))->error;
-                else
-                        result = ((struct rtmsg *)NLMSG_DATA(h))->rtm_type;
-        }
+        ssize_t n = send(fd, r, r->header.nlmsg_len, 0);
+        if (n >= 0)
+                n = recv(fd, answer, ANSWER, 0);
+        if (n < 0)
+                n = -errno;
+        else if (n < (ssize_t)sizeof(*answer))
+                n = -EPROTO;
+        else if (answer->nlmsg_type == NLMSG_ERROR && ((struct nlmsgerr *)NLMSG_DATA(answer))->error)
+                n = ((struct nlmsgerr *)NLMSG_DATA(answer))->error;
         close(fd);
-        return result;
+        return n;
+}
+
+/* Sends, returns the kernel's answer: 0, -errno, or for a look-up the type of the route. */
+static int talk(struct request *r)
+{
+        struct nlmsghdr answer[ANSWER / sizeof(struct nlmsghdr)];
+        ssize_t n = ask(r, answer);
+        if (n < 0)
+                return (int)n;
+        return answer->nlmsg_type == NLMSG_ERROR ? 0 : ((struct rtmsg *)NLMSG_DATA(answer))->rtm_type;
 }
 
 static int change_rule(int family, bool add)
@@ -308,6 +329,8 @@ static const struct filter filters[] = {
         {"in_eth", BPF_TC_INGRESS, false, CAPTURE_NO_IN_ETH},
         {"out_eth", BPF_TC_EGRESS, false, CAPTURE_NO_OUT_ETH}, /* last: it sends packets to the others */
 };
+
+static const struct filter door = {"door", BPF_TC_INGRESS, false, 0}; /* in the host's namespace */
 
 static uint32_t program_id(int fd)
 {
@@ -406,23 +429,25 @@ static int plumb(char *error)
         return 0;
 }
 
+static int keep_filter(const struct filter *f, const char *pins, int ifindex, char *error)
+{
+        if (filter_is_there(f, pins, ifindex))
+                return 0;
+        int program = open_pin(pins, f->program);
+        int result = program < 0 ? program : filter_attach(f, program, ifindex);
+        if (program >= 0)
+                close(program);
+        return result < 0 ? fail(error, result, "tc filter %s", f->program) : 0;
+}
+
 static int attach_filters(const char *pins, const char *interface, char *error)
 {
-        int ifindex = (int)if_nametoindex(interface);
+        int ifindex = (int)if_nametoindex(interface), result = 0;
         if (ifindex == 0)
                 return fail(error, -ENODEV, "interface %s in the pod", interface);
-        for (size_t i = 0; i < sizeof(filters) / sizeof(*filters); i++) {
-                int on = filters[i].on_lo ? 1 : ifindex;
-                if (filter_is_there(&filters[i], pins, on))
-                        continue;
-                int program = open_pin(pins, filters[i].program);
-                int result = program < 0 ? program : filter_attach(&filters[i], program, on);
-                if (program >= 0)
-                        close(program);
-                if (result < 0)
-                        return fail(error, result, "tc filter %s", filters[i].program);
-        }
-        return 0;
+        for (size_t i = 0; i < sizeof(filters) / sizeof(*filters) && result == 0; i++)
+                result = keep_filter(&filters[i], pins, filters[i].on_lo ? 1 : ifindex, error);
+        return result;
 }
 
 /* -- maps --------------------------------------------------------------------------------------------------------- */
@@ -865,6 +890,252 @@ static int count_kind(struct survey *s, int kind, bool inside)
         return n;
 }
 
+/* -- doors -------------------------------------------------------------------------------------------------------- */
+
+/* One end of a link. peer_nsid < 0: the other end is in the same namespace, or nobody knows. */
+struct end {
+        int ifindex, peer, peer_nsid;
+        char kind[16];
+};
+
+static void read_info(struct rtattr *info, struct end *out)
+{
+        int left = (int)RTA_PAYLOAD(info);
+        for (struct rtattr *a = RTA_DATA(info); RTA_OK(a, left); a = RTA_NEXT(a, left))
+                if (a->rta_type == IFLA_INFO_KIND)
+                        snprintf(out->kind, sizeof(out->kind), "%.*s", (int)RTA_PAYLOAD(a), (char *)RTA_DATA(a));
+}
+
+/* Of the namespace that the thread is in. */
+static int read_end(int ifindex, struct end *out)
+{
+        struct request r = {.header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.link)),
+                                       .nlmsg_type = RTM_GETLINK,
+                                       .nlmsg_flags = NLM_F_REQUEST},
+                            .link = {.ifi_index = ifindex}};
+        struct nlmsghdr answer[ANSWER / sizeof(struct nlmsghdr)];
+        ssize_t n = ask(&r, answer);
+        if (n < 0)
+                return (int)n;
+        *out = (struct end){.ifindex = ifindex, .peer_nsid = -1};
+        int left = (int)(answer->nlmsg_len - NLMSG_LENGTH(sizeof(struct ifinfomsg)));
+        for (struct rtattr *a = IFLA_RTA(NLMSG_DATA(answer)); RTA_OK(a, left); a = RTA_NEXT(a, left)) {
+                if (a->rta_type == IFLA_LINK)
+                        memcpy(&out->peer, RTA_DATA(a), sizeof(int));
+                else if (a->rta_type == IFLA_LINK_NETNSID)
+                        memcpy(&out->peer_nsid, RTA_DATA(a), sizeof(int));
+                else if (a->rta_type == IFLA_LINKINFO)
+                        read_info(a, out);
+        }
+        return 0;
+}
+
+/* How this namespace numbers that one: >= 0, or -errno. */
+static int nsid_of(int netns)
+{
+        struct request r = {.header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.nsid)),
+                                       .nlmsg_type = RTM_GETNSID,
+                                       .nlmsg_flags = NLM_F_REQUEST},
+                            .nsid = {.rtgen_family = AF_UNSPEC}};
+        struct nlmsghdr answer[ANSWER / sizeof(struct nlmsghdr)];
+        r.header.nlmsg_len = NLMSG_ALIGN(r.header.nlmsg_len);
+        attribute(&r, NETNSA_FD, &netns, sizeof(netns));
+        ssize_t n = ask(&r, answer);
+        if (n < 0)
+                return (int)n;
+        size_t header = NLMSG_ALIGN(sizeof(struct rtgenmsg));
+        int left = (int)(answer->nlmsg_len - NLMSG_HDRLEN - header), id = -ENOENT;
+        for (struct rtattr *a = (struct rtattr *)((char *)NLMSG_DATA(answer) + header); RTA_OK(a, left);
+             a = RTA_NEXT(a, left))
+                if (a->rta_type == NETNSA_NSID)
+                        memcpy(&id, RTA_DATA(a), sizeof(id));
+        return id < 0 ? -ENOENT : id;
+}
+
+/* Does somebody else look at what comes in there? 1, 0 or -errno. */
+static int is_looked_at(int ifindex)
+{
+        struct request r = {.header = {.nlmsg_len = NLMSG_LENGTH(sizeof(r.filter)),
+                                       .nlmsg_type = RTM_GETTFILTER,
+                                       .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP},
+                            .filter = {.tcm_ifindex = ifindex, .tcm_parent = TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)}};
+        struct nlmsghdr answer[ANSWER / sizeof(struct nlmsghdr)];
+        uint32_t programs = 0;
+        /* TCX comes before clsact. libbpf 1.1 has no name for it; a kernel without it says EINVAL. */
+        if (bpf_prog_query(ifindex, (enum bpf_attach_type)46 /* BPF_TCX_INGRESS */, 0, NULL, NULL, &programs) == 0 &&
+            programs)
+                return 1;
+        ssize_t n = ask(&r, answer);
+        if (n < 0)
+                return n == -EINVAL || n == -ENOENT ? 0 : (int)n; /* no qdisc */
+        for (struct nlmsghdr *h = answer; NLMSG_OK(h, (size_t)n); h = NLMSG_NEXT(h, n))
+                if (h->nlmsg_type == RTM_NEWTFILTER &&
+                    TC_H_MAJ(((struct tcmsg *)NLMSG_DATA(h))->tcm_info) >> 16 != CAPTURE_PREF)
+                        return 1;
+        return 0;
+}
+
+/* Where the pod's door may be. -EOPNOTSUPP: nowhere; error says why. */
+static int find_door(int host, int netns, const char *interface, struct capture_door_of *out, char *error)
+{
+        struct end inner, outer;
+        int back, result, nsid = -1, looked = 0;
+        uint64_t ino = 0;
+        if ((result = inode_of(netns, &ino)) < 0 || (result = enter(netns, &back)) < 0)
+                return fail(error, result, "enter the network namespace");
+        result = read_end((int)if_nametoindex(interface), &inner);
+        leave(back);
+        if (result < 0)
+                return fail(error, result, "interface %s in the pod", interface);
+        if (strcmp(inner.kind, "veth"))
+                return fail(error, -EOPNOTSUPP, "%s is no veth", interface);
+        if ((result = enter(host, &back)) < 0)
+                return fail(error, result, "enter the host's network namespace");
+        result = read_end(inner.peer, &outer);
+        if (result == 0 && (nsid = nsid_of(netns)) >= 0)
+                looked = is_looked_at(inner.peer);
+        leave(back);
+        if (result < 0 || nsid < 0 || strcmp(outer.kind, "veth") || outer.peer != inner.ifindex ||
+            outer.peer_nsid != nsid)
+                return fail(error, -EOPNOTSUPP, "the other end of %s is not on this host", interface);
+        if (looked < 0)
+                return fail(error, looked, "filters at the other end of %s", interface);
+        if (looked)
+                return fail(error, -EOPNOTSUPP, "somebody else's programs are at the other end of %s", interface);
+        out->ifindex = (uint32_t)outer.ifindex;
+        out->nsid = (uint32_t)nsid;
+        out->netns_ino = ino;
+        return 0;
+}
+
+/* What `doors` says of the pod. 1: the same for each of its addresses, 0: it does not, or nothing; -errno. */
+static int read_door(int doors, int addresses, struct capture_door_of *out)
+{
+        struct capture_address key, next;
+        struct capture_door_of one;
+        int n = 0;
+        for (void *from = NULL; bpf_map_get_next_key(addresses, from, &next) == 0; from = &key, n++) {
+                if (bpf_map_lookup_elem(doors, &next, &one) < 0)
+                        return errno == ENOENT ? 0 : -errno;
+                if (n && memcmp(&one, out, sizeof(one)))
+                        return 0;
+                *out = one;
+                key = next;
+        }
+        return n > 0;
+}
+
+/* Takes the addresses of a pod out: all (addresses -1), or those that it does not have any more. Its door: *ifindex,
+ * where one was found. */
+static int forget_addresses(int doors, int addresses, uint64_t ino, uint32_t *ifindex)
+{
+        struct capture_address key, next, gone[CAPTURE_MAX_ADDRESSES];
+        struct capture_door_of one;
+        uint8_t there;
+        int n;
+        do {
+                n = 0;
+                for (void *from = NULL; bpf_map_get_next_key(doors, from, &next) == 0 && n < CAPTURE_MAX_ADDRESSES;
+                     from = &key) {
+                        if (bpf_map_lookup_elem(doors, &next, &one) == 0 && one.netns_ino == ino) {
+                                *ifindex = one.ifindex;
+                                if (addresses < 0 || bpf_map_lookup_elem(addresses, &next, &there) < 0)
+                                        gone[n++] = next;
+                        }
+                        key = next;
+                }
+                for (int i = 0; i < n; i++)
+                        if (bpf_map_delete_elem(doors, &gone[i]) < 0 && errno != ENOENT)
+                                return -errno;
+        } while (n == CAPTURE_MAX_ADDRESSES);
+        return 0;
+}
+
+static int open_doors(const char *pins)
+{
+        char node[NODE_PATH];
+        node_of(node, pins);
+        return open_pin(node, "doors");
+}
+
+/* Is the door there as `doors` says? 1, 0 or -errno. */
+static int has_door(const char *pins, int host)
+{
+        struct capture_door_of is = {0};
+        int doors = open_doors(pins), addresses = open_pin(pins, "addresses"), back;
+        int result = doors < 0 ? doors : addresses < 0 ? addresses : read_door(doors, addresses, &is);
+        if (result > 0 && (result = enter(host, &back)) == 0) {
+                result = filter_is_there(&door, pins, (int)is.ifindex);
+                leave(back);
+        }
+        if (doors >= 0)
+                close(doors);
+        if (addresses >= 0)
+                close(addresses);
+        return result;
+}
+
+/* First the program, then the addresses. -EOPNOTSUPP: there can be none. */
+static int open_door(const char *pins, int host, int netns, const char *interface, char *error)
+{
+        struct capture_door_of to = {0};
+        struct capture_address key, next;
+        uint32_t unused;
+        int back, result = find_door(host, netns, interface, &to, error);
+        if (result < 0)
+                return result;
+        if ((result = enter(host, &back)) < 0)
+                return fail(error, result, "enter the host's network namespace");
+        result = keep_filter(&door, pins, (int)to.ifindex, error);
+        leave(back);
+        if (result < 0)
+                return result;
+        int doors = open_doors(pins), addresses = open_pin(pins, "addresses");
+        result = doors < 0 ? doors : addresses < 0 ? addresses : 0;
+        for (void *from = NULL; result == 0 && bpf_map_get_next_key(addresses, from, &next) == 0; from = &key) {
+                if (bpf_map_update_elem(doors, &next, &to, BPF_ANY) < 0)
+                        result = -errno;
+                key = next;
+        }
+        if (result == 0)
+                result = forget_addresses(doors, addresses, to.netns_ino, &unused);
+        if (doors >= 0)
+                close(doors);
+        if (addresses >= 0)
+                close(addresses);
+        return result < 0 ? fail(error, result, "map doors of %s", pins) : 0;
+}
+
+int capture_door(const char *pins, int host, int netns, const char *interface, char *error)
+{
+        libbpf_set_print(silent);
+        if (has_door(pins, host) == 1)
+                return 0;
+        int result = open_door(pins, host, netns, interface, error);
+        return result < 0 ? result : 1;
+}
+
+/* First the addresses, then the program, if it is there. host -1: only the addresses, the link is gone. */
+static int close_door(const char *pins, int host, char *error)
+{
+        struct capture_pod pod = {0};
+        uint32_t ifindex = 0;
+        int doors = open_doors(pins), back, result;
+        if (doors < 0)
+                return doors == -ENOENT ? 0 : fail(error, doors, "map doors of %s", pins);
+        result = read_pod(pins, &pod) == 0 ? forget_addresses(doors, -1, pod.netns_ino, &ifindex) : 0;
+        close(doors);
+        if (result < 0)
+                return fail(error, result, "map doors of %s", pins);
+        if (host < 0 || ifindex == 0)
+                return 0;
+        if ((result = enter(host, &back)) < 0)
+                return fail(error, result, "enter the host's network namespace");
+        result = filter_is_there(&door, pins, (int)ifindex) ? filter_detach(&door, (int)ifindex) : 0;
+        leave(back);
+        return result < 0 ? fail(error, result, "take out tc filter door") : 0;
+}
+
 static int change_mode(const char *pins, int netns, const char *interface, int mode, char *error)
 {
         struct capture_pod pod = {0};
@@ -1035,6 +1306,8 @@ static const char *const counter_names[] = {
         [COUNT_VOUCH_UNTOLD] = "vouched_untold",
         [COUNT_IN_LATE] = "vouched_late",
         [COUNT_OUTSIDE] = "outside_vouched",
+        [COUNT_DOOR] = "by_door",
+        [COUNT_IN_ASTRAY] = "vouched_astray",
 };
 
 const char *capture_counter_name(int counter)
@@ -1239,11 +1512,13 @@ int kubelet_detach(const char *node, char *error)
         return 0;
 }
 
-int capture_detach(const char *pins, int netns, const char *interface, char *error)
+int capture_detach(const char *pins, int host, int netns, const char *interface, char *error)
 {
         char path[PATH_MAX];
-        int result = 0, back;
+        int result, back;
         libbpf_set_print(silent);
+        if ((result = close_door(pins, netns < 0 ? -1 : host, error)) < 0)
+                return result;
         if (netns >= 0) {
                 if ((result = enter(netns, &back)) < 0)
                         return fail(error, result, "enter the network namespace");
@@ -1314,23 +1589,39 @@ static int take_link(const char *from, const char *pins)
         return result;
 }
 
+/* The same maps under the new directory. */
+static int keep(const char *from, const char *to, const char *const *names, size_t n)
+{
+        char old[PATH_MAX], path[PATH_MAX];
+        for (size_t i = 0; i < n; i++) {
+                path_of(old, from, names[i]);
+                path_of(path, to, names[i]);
+                if (link(old, path) < 0 && errno != EEXIST && errno != ENOENT)
+                        return -errno;
+        }
+        return 0;
+}
+
 int capture_upgrade(const char *from, const char *pins, char *error)
 {
-        char old[PATH_MAX], path[PATH_MAX], node[NODE_PATH];
+        char path[PATH_MAX], node[NODE_PATH], former[NODE_PATH];
         struct capture_pod pod = {0};
         libbpf_set_print(silent);
         if (access(from, F_OK) < 0)
                 return errno == ENOENT ? 0 : fail(error, -errno, "directory %s", from);
         node_of(node, pins);
+        node_of(former, from);
+        path_of(path, former, "slots"); /* v1 has none */
+        bool v2 = access(path, F_OK) == 0;
         int result = make_directories(node);
         if (result == 0)
                 result = make_directories(pins);
-        for (size_t i = 0; i < sizeof(kept_names) / sizeof(*kept_names) && result == 0; i++) {
-                path_of(old, from, kept_names[i]);
-                path_of(path, pins, kept_names[i]);
-                if (link(old, path) < 0 && errno != EEXIST && errno != ENOENT)
-                        result = -errno;
-        }
+        if (result == 0)
+                result = keep(from, pins, kept_names, sizeof(kept_names) / sizeof(*kept_names));
+        if (result == 0 && v2)
+                result = keep(from, pins, kept_of_v2, sizeof(kept_of_v2) / sizeof(*kept_of_v2));
+        if (result == 0 && v2)
+                result = keep(former, node, kept_of_node, sizeof(kept_of_node) / sizeof(*kept_of_node));
         if (result < 0)
                 return fail(error, result, "pins in %s", pins);
         if (!all_pinned(pins) && (result = load(pins, error)) < 0)
@@ -1338,7 +1629,7 @@ int capture_upgrade(const char *from, const char *pins, char *error)
         if ((result = read_pod(pins, &pod)) < 0)
                 return fail(error, result, "map pod in %s", pins);
         /* A pod that is strict has no connections that go on natively but probes that are under way. */
-        if (pod.mode != MODE_OFF && (result = carry_fates(from, pins)) < 0 && pod.mode != MODE_STRICT)
+        if (!v2 && pod.mode != MODE_OFF && (result = carry_fates(from, pins)) < 0 && pod.mode != MODE_STRICT)
                 return fail(error, result, "the open connections of %s", from);
         if ((result = take_link(from, pins)) < 0)
                 return fail(error, result, "sk_lookup of %s", from);
@@ -1491,6 +1782,7 @@ int capture_probe(int i, const char **name, char *error)
                 {"in_lo", "tc ingress"},
                 {"out_lo", "tc egress on lo"},
                 {"steer", "sk_lookup"},
+                {"door", "tc ingress with redirection to a veth's other end"},
                 {"note", "tcp iterator and BTF of the kernel"},
                 {NULL, "attach in a network namespace: tc, sk_lookup, policy routing"},
         };

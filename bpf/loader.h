@@ -3,7 +3,7 @@
  * Loads the programs of one pod, attaches them in its network namespace, changes their mode, looks whether they are
  * still there.
  *
- * A pod's instance is named by its directory of pins (BPFDIR/v2/POD_UID, on a bpffs). All functions return 0 (or what
+ * A pod's instance is named by its directory of pins (BPFDIR/v3/POD_UID, on a bpffs). All functions return 0 (or what
  * is said) or -errno and then write one line into error (of CAPTURE_ERROR_LEN bytes). All are idempotent: a crash in
  * the middle is finished by the same call again. Those with a netns enter it in the calling thread and come back (the
  * process aborts if that fails): call them from a thread that has nothing else to do with namespaces. Not thread-safe
@@ -18,8 +18,7 @@
 
 /* cdef begin */
 #define CAPTURE_ERROR_LEN 512
-#define CAPTURE_LAYOUT "v2"
-#define CAPTURE_FORMER "v1" /* the layout before, which capture_upgrade knows */
+#define CAPTURE_LAYOUT "v3" /* v2 and v1 are known to capture_upgrade */
 
 /* What capture_verify finds missing. */
 #define CAPTURE_NO_PINS 1
@@ -35,7 +34,7 @@
 /* Loads programs and maps, pins them; attaches nothing. addresses: comma separated, both families; they replace those
  * from before. */
 int capture_prepare(const char *pins, const char *addresses, char *error);
-/* Takes over the instance that an agent of the layout before pinned in `from`: the maps that are the same in both
+/* Takes over the instance that an agent of a layout before pinned in `from`: the maps that are the same in both
  * layouts stay what they are, so the engine's sockets stay in service; sk_lookup's program is exchanged in one step;
  * the pins of before go. Capture lets nothing through meanwhile. The tc filters are still the ones of before:
  * capture_verify misses them, capture_set_mode exchanges them. Also where `from` is not there (any more). */
@@ -58,6 +57,9 @@ int capture_set_mode(const char *pins, int netns, const char *interface, int mod
 int capture_read(const char *pins, uint32_t *mode, uint64_t *netns_ino, char *error);
 /* >= 0: CAPTURE_NO_*. */
 int capture_verify(const char *pins, int netns, const char *interface, char *error);
+/* Keeps the pod's door, in `host`, the namespace in which its link has the other end. 0: it is there; 1: from now on.
+ * -EOPNOTSUPP: the link allows none. The pod's connections are captured as before without one. */
+int capture_door(const char *pins, int host, int netns, const char *interface, char *error);
 /* Bit i: slot i of `listeners` holds a socket. */
 int capture_listeners(const char *pins, char *error);
 /* Number of open connections from before the enrolment. */
@@ -69,8 +71,8 @@ int capture_held(const char *pins, int netns, char *error);
 int capture_counters(const char *pins, uint64_t *out, int n, char *error);
 const char *capture_counter_name(int counter);
 /* Takes everything out but the clsact qdiscs (deleting them loses packets) and removes the pins, the node's too where
- * it was the last pod. netns -1: it is gone. */
-int capture_detach(const char *pins, int netns, const char *interface, char *error);
+ * it was the last pod. host: as above, where there may be a door, else -1. netns -1: it is gone. */
+int capture_detach(const char *pins, int host, int netns, const char *interface, char *error);
 /* Tries thing number i that capture needs of the kernel, and takes it back: each program alone, then all attached in a
  * namespace made for it. -ERANGE: there is no thing i. name: what it is, for people. */
 int capture_probe(int i, const char **name, char *error);
@@ -78,7 +80,7 @@ int capture_probe(int i, const char **name, char *error);
  * SOCK_DESTROY (in a namespace made for it). */
 int capture_native(char *error);
 
-/* The kubelet exemption of the node, with pins in BPFDIR/v2/node. */
+/* The kubelet exemption of the node, with pins in BPFDIR/v3/node. */
 /* Attaches the program that notes probes to a cgroup2 directory. 1: it was not there, or in another directory. -EINVAL:
  * no cgroup2 directory, or its root. */
 int kubelet_attach(const char *node, const char *cgroup, char *error);

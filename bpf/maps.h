@@ -9,9 +9,11 @@
 #include <linux/types.h>
 
 #define CAPTURE_MARK_TURNED 0x111
+#define CAPTURE_MARK_DOOR 0x222 /* on its way from one pod's door to the next; nobody else can set it there */
 #define CAPTURE_HBONE_PORT 15008
 #define CAPTURE_MAX_ADDRESSES 16
 #define CAPTURE_MAX_OWN 16384
+#define CAPTURE_MAX_DOORS 8192       /* addresses of this node's pods */
 #define CAPTURE_OWN_NS 1000000000ULL /* a tag's life */
 #define CAPTURE_MAX_PROBES 512       /* of a pod, at once */
 #define KUBELET_MAX_PORTS 16384
@@ -71,6 +73,8 @@ enum capture_counter {
         COUNT_VOUCH_UNTOLD,   /* vouched flows that ended without room to say so: no line of their own in the log */
         COUNT_IN_LATE,        /* of those, dropped: an old note, one withdrawn, or no room; the client repeats them */
         COUNT_OUTSIDE,        /* SYNs to destinations outside the mesh that passed natively */
+        COUNT_DOOR,           /* packets that went from door to door */
+        COUNT_IN_ASTRAY,      /* dropped: for a vouched flow, and not come by the door */
         COUNT_MAX
 };
 
@@ -101,12 +105,23 @@ struct capture_fated {
         __u32 fate;
         __u32 isn;
         __u32 slot, generation;
-        __u32 next;     /* sequence number behind the last byte that was counted */
-        __u16 opened;   /* it is the end that opened it */
-        __u16 told;     /* that it has ended */
-        __u64 bytes;    /* sent by this end */
-        __u64 since;    /* CLOCK_MONOTONIC in ns */
-        __u64 received; /* by this end, where the other one is outside the mesh */
+        __u32 next;   /* sequence number behind the last byte that was counted */
+        __u8 opened;  /* it is the end that opened it */
+        __u8 by_door; /* `door` is known */
+        __u16 told;   /* that it has ended */
+        __u64 bytes;  /* sent by this end */
+        __u64 since;  /* CLOCK_MONOTONIC in ns */
+        union {
+                __u64 received; /* by this end, where the other one is outside the mesh */
+                __u32 door;     /* interface of the other end's door */
+        };
+};
+
+/* Value of the node's `doors`; key: an address of a pod, struct capture_address. */
+struct capture_door_of {
+        __u32 ifindex; /* of the host's end of the pod's link */
+        __u32 nsid;    /* of the pod's namespace, as the host's numbers it */
+        __u64 netns_ino;
 };
 
 /* What a slot is for. */

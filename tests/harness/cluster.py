@@ -156,7 +156,7 @@ class Nodes:
         self.engines[node] = engine
         for pod in self.pods.values():
             if pod.node == node and pod.capture is None and (pods is None or pod.name in pods):
-                capture = pod.capture = Capture(pod.pair)
+                capture = pod.capture = Capture(pod.pair, door=self.same_node == "native")
                 capture.prepare()
                 self._stack.callback(capture.detach)
                 capture.set_mode(lib.MODE_STRICT)

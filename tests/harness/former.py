@@ -1,7 +1,7 @@
-"""A pod as an agent of the pins' layout before has left it: its programs, its maps, its pins.
+"""A pod as an agent of a layout of the pins before has left it: its programs, its maps, its pins.
 
-layout_v1.o.xz is that layout's capture object, bpf/capture.bpf.c of commit 23537da as the build made it, without line
-numbers. It is loaded and attached here with bpftool and tc, as the loader of that time did.
+layout_vN.o.xz is that layout's capture object as the build made it, without line numbers: v1 of commit 23537da, v2 of
+f111801. It is loaded and attached here with bpftool and tc, as the loader of that time did.
 """
 
 import contextlib
@@ -15,29 +15,32 @@ from pathlib import Path
 from tests.harness.kubelet import Map, packed
 from tests.harness.netns import Pair, run
 
-OBJECT = Path(__file__).parent / "layout_v1.o.xz"
+FOLDER = Path(__file__).parent
+# The maps that pods share.
+SHARED = {"v1": ("probe_notes",), "v2": ("probe_notes", "vouched", "slots", "ended")}
 _LINK_CREATE, _OBJ_PIN, _SK_LOOKUP = 28, 6, 36
 
 
 class Former:
-    """One instance below BPFDIR/v1. `pins`: of the pod."""
+    """One instance below BPFDIR/LAYOUT. `pins`: of the pod."""
 
-    def __init__(self, bpf_dir: Path, uid: str, pair: Pair, scratch: Path) -> None:
-        self.pins = bpf_dir / "v1" / uid
+    def __init__(self, bpf_dir: Path, uid: str, pair: Pair, scratch: Path, layout: str = "v1") -> None:
+        self.pins = bpf_dir / layout / uid
         self.pair = pair
         self._netns = pair.pod_path
-        node = bpf_dir / "v1" / "node"
+        node = bpf_dir / layout / "node"
         node.mkdir(parents=True, exist_ok=True)
-        object_file = scratch / "layout_v1.o"
-        object_file.write_bytes(lzma.decompress(OBJECT.read_bytes()))
+        object_file = scratch / f"layout_{layout}.o"
+        object_file.write_bytes(lzma.decompress((FOLDER / f"{object_file.name}.xz").read_bytes()))
         bpftool = shutil.which("bpftool") or "/usr/sbin/bpftool"
-        known = ["map", "name", "probe_notes", "pinned", str(node / "probe_notes")]
-        known = known if (node / "probe_notes").exists() else []
-        run(bpftool, "prog", "loadall", str(object_file), str(self.pins), *known, "pinmaps", str(self.pins))
-        if known:
-            (self.pins / "probe_notes").unlink(missing_ok=True)
-        else:
-            (self.pins / "probe_notes").rename(node / "probe_notes")
+        known = [name for name in SHARED[layout] if (node / name).exists()]
+        taken = [word for name in known for word in ("map", "name", name, "pinned", str(node / name))]
+        run(bpftool, "prog", "loadall", str(object_file), str(self.pins), *taken, "pinmaps", str(self.pins))
+        for name in SHARED[layout]:
+            if name in known:
+                (self.pins / name).unlink(missing_ok=True)
+            else:
+                (self.pins / name).rename(node / name)
         with self._map("addresses") as found:
             for address in pair.addresses().split(","):
                 found.update(packed(address), b"\1")

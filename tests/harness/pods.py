@@ -92,6 +92,11 @@ class Bridge:
         for name in self._made:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
+    @property
+    def path(self) -> str:
+        """Of its namespace."""
+        return f"/run/netns/{self._name}"
+
     def sandbox(self) -> Sandbox:
         """A new pod's namespace with eth0 on the bridge."""
         number = len(self._made) + 1

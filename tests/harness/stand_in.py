@@ -26,10 +26,11 @@ class CaptureError(Exception):
 class Capture:
     """One instance of the programs, in a directory of pins of its own."""
 
-    def __init__(self, pair: Pair, interface: str = "eth0") -> None:
+    def __init__(self, pair: Pair, interface: str = "eth0", *, door: bool = False) -> None:
         self.pair = pair
-        self.pins = str(BPFFS / f"t-{os.getpid()}" / "v2" / pair.pod).encode()
+        self.pins = str(BPFFS / f"t-{os.getpid()}" / "v3" / pair.pod).encode()
         self.interface = interface.encode()
+        self.with_door = door
         self._error = ffi.new("char[]", lib.CAPTURE_ERROR_LEN)
 
     def _check(self, result: int) -> int:
@@ -41,17 +42,28 @@ class Capture:
         with open(self.pair.pod_path) as netns:
             return int(getattr(lib, call)(self.pins, netns.fileno(), self.interface, *args, self._error))
 
+    def _both(self, call: str) -> int:
+        """The namespace outside is the pod's host."""
+        with open(self.pair.pod_path) as netns, open(self.pair.outside_path) as host:
+            return int(getattr(lib, call)(self.pins, host.fileno(), netns.fileno(), self.interface, self._error))
+
     def prepare(self) -> None:
         self._check(lib.capture_prepare(self.pins, self.pair.addresses().encode(), self._error))
 
     def set_mode(self, mode: int) -> None:
         self._check(self._netns("capture_set_mode", mode))
+        if self.with_door:
+            self.door()
+
+    def door(self) -> bool:
+        """True: there was none."""
+        return bool(self._check(self._both("capture_door")))
 
     def verify(self) -> int:
         return self._check(self._netns("capture_verify"))
 
     def detach(self) -> None:
-        self._check(self._netns("capture_detach"))
+        self._check(self._both("capture_detach"))
         for folder in Path(self.pins.decode()).parents[:2]:
             with contextlib.suppress(OSError):  # another instance of this run is in it
                 folder.rmdir()

@@ -39,10 +39,12 @@ def checksum(data: bytes) -> int:
     return int(~total & 0xFFFF)
 
 
-def segment(flags: int = 0x18, payload: bytes | None = None, source_port: int = 45678, sequence: int = 1) -> bytes:
+def segment(
+    flags: int = 0x18, payload: bytes | None = None, source_port: int = 45678, sequence: int = 1, ack: int = 1
+) -> bytes:
     """A TCP segment with a right checksum. Flags: 0x18 PSH|ACK, 2 SYN, 0x14 RST|ACK."""
     data = P["canary"].encode() if payload is None else payload
-    body = struct.pack("!HHIIBBHHH", source_port, P["port"], sequence, 1, 5 << 4, flags, 512, 0, 0) + data
+    body = struct.pack("!HHIIBBHHH", source_port, P["port"], sequence, ack, 5 << 4, flags, 512, 0, 0) + data
     ends = ipaddress.ip_address(P["pod"]).packed + ipaddress.ip_address(P["far"]).packed
     pseudo = ends + (struct.pack("!II", len(body), 6) if six() else struct.pack("!BBH", 0, 6, len(body)))
     return body[:16] + struct.pack("!H", checksum(pseudo + body)) + body[18:]

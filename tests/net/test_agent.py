@@ -81,7 +81,7 @@ class Node:
         """An agent as the command starts it, but for the API and the pages. At the end it is gone as after kill -9."""
         self.state_file.write_text(yaml.safe_dump(self.state))
         authority = FileAuthority()
-        captures = Captures(self.bpf_dir)
+        captures = Captures(self.bpf_dir, Path(self.bridge.path))
         agent = Agent(
             place=Place(
                 NODE,
@@ -516,7 +516,7 @@ def test_toggles_leave_nothing(node: Node) -> None:
                 listed = {
                     "agent fds": len(os.listdir("/proc/self/fd")),
                     "engine fds": len(os.listdir(f"/proc/{node.engine.pid}/fd")),
-                    "pins": sorted(os.listdir(node.bpf_dir / "v2")),
+                    "pins": sorted(os.listdir(node.bpf_dir / "v3")),
                     "records": sorted(os.listdir(node.folder / "run" / "pods")),
                 }
                 for what in (
@@ -649,7 +649,7 @@ def test_pins_taken_away_are_made_again(node: Node) -> None:
             for sandbox, pod in ((web, web_pod), (api, api_pod)):
                 assert (await node.cni("ADD", sandbox, pod))[0] == 0
                 await node.enrolled(pod)
-            tool("rm", "-r", str(node.bpf_dir / "v2" / web_pod.uid))
+            tool("rm", "-r", str(node.bpf_dir / "v3" / web_pod.uid))
             await eventually("repair", lambda: agent.metrics.value("sidestep_capture_repairs_total") >= 1)
             await node.enrolled(web_pod, Capture.STRICT)
             client = await Client.open(web, api.v4, PORT)

@@ -95,7 +95,7 @@ def test_probes_go_on_whatever_dies(node: Node, kubelet: Kubelet) -> None:
                 node.cluster.label("shop", "")
                 await node.released(web_pod)
                 await node.released(api_pod)
-                assert list((node.bpf_dir / "v2").iterdir()) == [] and attached(kubelet) == ""
+                assert list((node.bpf_dir / "v3").iterdir()) == [] and attached(kubelet) == ""
                 assert await probe(kubelet, host, web.v4) == host.v4
                 assert agent.probes.status()["active"]
 
@@ -122,7 +122,7 @@ def test_what_is_taken_away_is_put_back(node: Node, kubelet: Kubelet) -> None:
                     while await probe(kubelet, host, web.v4) != host.v4:
                         await asyncio.sleep(0.05)
 
-            (node.bpf_dir / "v2/node/link").unlink()
+            (node.bpf_dir / "v3/node/link").unlink()
             await back()
             kubelet.__exit__()
             await eventually("said so", lambda: not agent.probes.status()["active"])
@@ -132,7 +132,7 @@ def test_what_is_taken_away_is_put_back(node: Node, kubelet: Kubelet) -> None:
             await back()
             node.cluster.delete(web_pod)
             await eventually("gone", lambda: web_pod.uid not in agent.residents)
-            assert list((node.bpf_dir / "v2").iterdir()) == []
+            assert list((node.bpf_dir / "v3").iterdir()) == []
 
     run(work())
 
@@ -161,7 +161,7 @@ def test_a_directory_that_is_not_the_kubelets_exempts_nobody(
             node.kill_engine()
             assert await probe(kubelet, host, web.v4) == ""
             assert await handed(node, web_pod) == 0
-            assert not (node.bpf_dir / "v2/node/link").exists()
+            assert not (node.bpf_dir / "v3/node/link").exists()
 
     made = kubelet.cgroup / "kubepods"
     made.mkdir()

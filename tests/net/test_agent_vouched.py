@@ -151,7 +151,7 @@ def test_leaving_the_mesh_with_a_flow_open(shop: Node) -> None:
                 await shop.released(pod)
             assert await flow.ask("outside") == "outside"
             assert await shop.agent.engine.dump("connections") == []
-            assert sorted(os.listdir(shop.bpf_dir / "v2")) == []
+            assert sorted(os.listdir(shop.bpf_dir / "v3")) == []
             shop.cluster.label("shop", "ambient")
             for pod in (web_pod, api_pod):
                 await shop.enrolled(pod)
@@ -188,7 +188,7 @@ def test_toggles_leave_nothing(shop: Node) -> None:
                 return {
                     "agent": len(os.listdir("/proc/self/fd")),
                     "engine": sorted(os.readlink(each) for each in Path(f"/proc/{shop.engine.pid}/fd").iterdir()),
-                    "pins": sorted(os.listdir(shop.bpf_dir / "v2")),
+                    "pins": sorted(os.listdir(shop.bpf_dir / "v3")),
                 }
 
             for _ in range(3):

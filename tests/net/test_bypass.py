@@ -173,10 +173,11 @@ def syn_frame(
     flags: int = 2,
     sequence: int = 1,
     payload: bytes = b"",
+    ack: int = 1,
 ) -> bytes:
     """A SYN (or what `flags` say) from anybody, as a frame; `header`: the two MACs."""
     attacker.P.update({"pod": source, "far": destination, "port": port, "canary": ""})
-    body = attacker.segment(flags, payload, source_port, sequence)
+    body = attacker.segment(flags, payload, source_port, sequence, ack)
     kind = b"\x86\xdd" if ":" in source else b"\x08\x00"
     return header + kind + (attacker.ip6(body) if ":" in source else attacker.ip4(body))
 

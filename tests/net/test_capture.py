@@ -449,8 +449,8 @@ def test_detach_after_the_namespace_is_gone() -> None:
         capture.prepare()
         capture.set_mode(lib.MODE_STRICT)
     error = capture._error
-    assert lib.capture_detach(capture.pins, -1, b"eth0", error) == 0
-    assert lib.capture_detach(capture.pins, -1, b"eth0", error) == 0
+    assert lib.capture_detach(capture.pins, -1, -1, b"eth0", error) == 0
+    assert lib.capture_detach(capture.pins, -1, -1, b"eth0", error) == 0
 
 
 def test_errors_say_what_failed(link: Pair) -> None:

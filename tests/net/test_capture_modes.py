@@ -176,5 +176,5 @@ def test_every_thing_that_capture_needs_is_probed() -> None:
     while (result := lib.capture_probe(len(said), name, error)) != -34:
         assert result == 0, ffi.string(error)
         said.append(ffi.string(name[0]).decode())
-    assert len(said) == 7
+    assert len(said) == 8
     assert "sk_lookup" in said

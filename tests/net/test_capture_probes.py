@@ -470,7 +470,8 @@ def test_the_last_pod_takes_the_nodes_part_along(world: World, application: sock
     world.check(application)
     node = Path(world.exemption.node.decode())
     assert sorted(os.listdir(node)) == [
-        *("ended", "kubelet_counters", "link", "probe_notes", "probe_ports", "probe_syn", "slots", "vouched"),
+        *("doors", "doors_asking", "ended", "kubelet_counters", "link"),
+        *("probe_notes", "probe_ports", "probe_syn", "slots", "vouched"),
     ]
     world.capture.detach()
     assert not node.exists()

@@ -1,9 +1,10 @@
-"""Pins of the layout before: what an agent of that time left in a pod is taken over, with nothing let through, nothing
+"""Pins of the layouts before: what an agent of that time left in a pod is taken over, with nothing let through, nothing
 cut and nothing left behind.
 """
 
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,13 +17,16 @@ from sidestep.lab.link import Tap
 from sidestep.node.netns import Record, Records, open_path
 from sidestep.node.pods import Pod
 from sidestep.node.reconcile import Capture as Mode
+from tests.harness.cluster import Nodes
 from tests.harness.former import Former
+from tests.harness.kubelet import Map, packed
 from tests.harness.netns import Pair, connect, listen
 from tests.harness.pods import Client, Sandbox, echo
 from tests.harness.stand_in import Capture, CaptureError, StandIn
 from tests.net.test_agent import PORT, Node, node, run
 from tests.net.test_agent_vouched import allow, native
 from tests.net.test_capture import eventually, payload_out
+from tests.net.test_engine_policy import talk
 
 __all__ = ["node"]
 
@@ -31,11 +35,11 @@ Close = Callable[..., None]
 
 
 class Old:
-    """A pod with programs of layout v1; `now`: what the layout of now makes of it."""
+    """A pod with programs of a former layout; `now`: what the layout of now makes of it."""
 
-    def __init__(self, link: Pair, folder: Path) -> None:
-        self.now = Capture(link)
-        self.former = Former(Path(self.now.pins.decode()).parents[1], link.pod, link, folder)
+    def __init__(self, link: Pair, folder: Path, layout: str, door: bool = False) -> None:
+        self.now = Capture(link, door=door)
+        self.former = Former(Path(self.now.pins.decode()).parents[1], link.pod, link, folder, layout)
 
     def upgrade(self) -> None:
         error = ffi.new("char[]", lib.CAPTURE_ERROR_LEN)
@@ -43,9 +47,9 @@ class Old:
         assert result == 0, ffi.string(error).decode()
 
 
-@pytest.fixture
-def old(link: Pair, tmp_path: Path) -> Iterator[Old]:
-    made = Old(link, tmp_path)
+@pytest.fixture(params=["v1", "v2"])
+def old(request: pytest.FixtureRequest, link: Pair, tmp_path: Path) -> Iterator[Old]:
+    made = Old(link, tmp_path, request.param)
     try:
         yield made
     finally:
@@ -177,7 +181,52 @@ def test_what_was_cut_off_in_the_middle_is_finished(old: Old, link: Pair, closin
     closing(engine, client, engine.outbound.accept()[0])
 
 
-def test_an_agent_after_one_of_the_layout_before(node: Node, tmp_path: Path) -> None:
+def test_native_flows_go_on(tmp_path: Path, family: int, closing: Close) -> None:
+    """Of v2: a vouched flow that is open is not cut, and its allowance still holds; new flows go from door to door."""
+    with Nodes(tmp_path, {"client": 0, "near": 0}, engines=(False, False)) as nodes:
+        pods = {name: Old(nodes[name].pair, tmp_path, "v2", door=True) for name in ("client", "near")}
+        try:
+            node = pods["client"].former.pins.parent / "node"
+            for old in pods.values():
+                old.former.mode(lib.MODE_STRICT)
+                closing(StandIn(old.former))
+            near = nodes["near"].address(family)
+            tuple_ = packed(nodes["client"].address(family)) + packed(near) + struct.pack("HH", 0, PORT)
+            verdicts = Map(bytes(pods["client"].former.pins / "verdicts"))
+            with Map(bytes(node / "slots")) as slots, verdicts:
+                slots.update(struct.pack("I", 5), struct.pack("II", 1, 1).ljust(ffi.sizeof("struct vouch_slot"), b"\0"))
+                verdicts.update(tuple_, struct.pack("IIQ", 5, 1, 2**63))
+            application = listen(nodes["near"].path, near, PORT)
+            open_ = connect(nodes["client"].path, near, PORT)
+            served, _ = application.accept()
+            closing(application, open_, served)
+            talk(open_, served)
+            for old in pods.values():
+                old.upgrade()
+                talk(open_, served)
+            for old in pods.values():
+                old.now.set_mode(lib.MODE_STRICT)
+                assert old.now.verify() == 0
+                talk(open_, served)
+            assert not node.exists()
+            counted = pods["near"].now.counters()
+            new = connect(nodes["client"].path, near, PORT)
+            new_served, _ = application.accept()
+            closing(new, new_served)
+            talk(new, new_served)
+            grown = pods["near"].now.counters()
+            assert grown["to_application_vouched"] == counted["to_application_vouched"] + 1
+            assert grown["by_door"] > counted["by_door"]
+            talk(open_, served)
+        finally:
+            for old in pods.values():
+                with suppress(CaptureError):
+                    old.now.detach()
+                old.former.remove()
+
+
+@pytest.mark.parametrize("layout", ["v1", "v2"])
+def test_an_agent_after_one_of_a_layout_before(node: Node, tmp_path: Path, layout: str) -> None:
     """The pods are captured all the time; they are served again, natively too, and nothing of before is left."""
     node.same_node = "native"
     node.cluster.label("shop", "ambient")
@@ -185,7 +234,7 @@ def test_an_agent_after_one_of_the_layout_before(node: Node, tmp_path: Path) -> 
     records = Records(tmp_path / "run" / "pods")
     for sandbox, pod in node.pods.values():
         pair = Pair(Path(sandbox.path).name, "", sandbox.v4, sandbox.v6, "", "")
-        Former(node.bpf_dir, pod.uid, pair, tmp_path).mode(lib.MODE_STRICT)
+        Former(node.bpf_dir, pod.uid, pair, tmp_path, layout).mode(lib.MODE_STRICT)
         records.save(record(sandbox, pod))
 
     async def work() -> None:
@@ -200,14 +249,14 @@ def test_an_agent_after_one_of_the_layout_before(node: Node, tmp_path: Path) -> 
                 for pod in (web_pod, api_pod):
                     assert agent.residents[pod.uid].capture is Mode.STRICT
                     await node.enrolled(pod, Mode.STRICT)
-                assert os.listdir(node.bpf_dir) == ["v2"]
+                assert os.listdir(node.bpf_dir) == ["v3"]
                 for address in (api.v4, api.v6):
                     await allow(node, web, api, api_pod, address)
                 await (await native(node, web, api, api_pod, api.v4)).close()
                 for _, pod in node.pods.values():
                     node.cluster.label("shop", "")
                     await node.released(pod)
-            assert os.listdir(node.bpf_dir / "v2") == []
+            assert os.listdir(node.bpf_dir / "v3") == []
 
     run(work())
 

@@ -28,6 +28,7 @@ from sidestep.wire import batch, channel
 from tests.harness.cluster import Nodes, Pod
 from tests.harness.engine import CallError
 from tests.harness.kubelet import Map, packed
+from tests.harness.loss import losing
 from tests.harness.netns import connect, inside, listen, run
 from tests.harness.stand_in import plain
 from tests.net.test_bypass import syn_frame
@@ -144,28 +145,7 @@ class World:
         with self.map(name, pod) as found:
             return {key: found.lookup(key, NOTE) for key in found.keys(SYN)}
 
-    # -- the wire -----------------------------------------------------------------------------------------------------
-    @contextlib.contextmanager
-    def dropping(self, pod: Pod, what: str) -> Iterator[None]:
-        """What comes from a pod is lost on its way."""
-        nft = ("nsenter", f"--net=/run/netns/{self.nodes.router}", "nft")
-        device = self.nodes.interface(pod)
-        chain = f"add chain netdev lose i {{ type filter hook ingress device {device} priority 0; }}; "
-        run(*nft, f"add table netdev lose; {chain} add rule netdev lose i {what} drop")
-        try:
-            yield
-        finally:
-            run(*nft, "delete table netdev lose")
-
-    @contextlib.contextmanager
-    def dropping_too(self, pod: Pod) -> Iterator[None]:
-        """A second pod's, inside of `dropping`."""
-        nft = ("nsenter", f"--net=/run/netns/{self.nodes.router}", "nft")
-        device = self.nodes.interface(pod)
-        chain = f"add chain netdev lose j {{ type filter hook ingress device {device} priority 0; }}; "
-        run(*nft, f"{chain} add rule netdev lose j meta l4proto tcp drop")
-        yield
-
+    # -- the allowance ------------------------------------------------------------------------------------------------
     def slots_of(self) -> list[int]:
         """The slot of each allowance of the client's pod."""
         with self.map("verdicts", self.client) as verdicts:
@@ -181,7 +161,7 @@ class World:
 
     def lost(self) -> tuple[int, int]:
         """A SYN that leaves its note and is lost: source port, initial sequence number. Its socket is closed."""
-        with self.dropping(self.client, "meta l4proto tcp"):
+        with losing(self.client.pair):
             made = self.client_socket()
             made.connect_ex((self.address, PORT))
             port = int(made.getsockname()[1])
@@ -441,7 +421,7 @@ def test_a_refused_port(world: World, application: socket.socket) -> None:
 
 def test_a_lost_syn_comes_again(world: World, application: socket.socket) -> None:
     world.allow(application)
-    with world.dropping(world.client, "meta l4proto tcp"):
+    with losing(world.client.pair):
         client = world.client_socket()
         client.connect_ex((world.address, PORT))
         first = world.notes()
@@ -456,7 +436,7 @@ def test_a_lost_syn_comes_again(world: World, application: socket.socket) -> Non
 
 def test_a_lost_syn_ack_comes_again(world: World, application: socket.socket) -> None:
     world.allow(application)
-    with world.dropping(world.near, "meta l4proto tcp"):
+    with losing(world.near.pair):
         client = world.client_socket()
         client.connect_ex((world.address, PORT))
         eventually("it is at the door", lambda: world.notes("pending", world.near))
@@ -485,7 +465,7 @@ def test_simultaneous_open(world: World, application: socket.socket, closing: Ca
             back.accept()[0].close()
             made.close()
     closed(application, back)
-    with world.dropping(world.client, "meta l4proto tcp"), world.dropping_too(world.near):
+    with losing(world.client.pair), losing(world.near.pair):
         ends = []
         for pod, port, address, to in (
             (world.client, PORT + 1, world.address, PORT),
@@ -561,8 +541,8 @@ def test_an_old_note_is_worth_nothing(world: World, application: socket.socket) 
 
 @pytest.mark.parametrize("origin", ["third", "host", "source"])
 def test_a_forged_syn_is_not_the_noted_one(world: World, application: socket.socket, origin: str) -> None:
-    """With the tuple of a fresh note, and another number: not the application's. The control: with the number it is,
-    and so the client's, whose answer alone can end the handshake.
+    """With the tuple of a fresh note and another number: not the application's. With the number neither, for it did not
+    come by the client's door. The control: the client's own is.
     """
     world.allow(application)
     port, isn = world.lost()
@@ -575,15 +555,18 @@ def test_a_forged_syn_is_not_the_noted_one(world: World, application: socket.soc
         eventually("it is the engine's", lambda: world.counter(world.near, "to_inbound") == inbound + 1)
     assert world.handed() == handed
     nobody(application)
+    closed(*world.native(application))
     if origin != "source":
+        handed, late = world.handed(), world.late()
         port, isn = world.lost()
         world.forge(origin, port, isn)
-        eventually("the control is handed over", lambda: world.handed() == handed + 1)
+        eventually("it is dropped", lambda: world.late() == late + 1)
+        assert world.handed() == handed
         nobody(application)
 
 
 def test_a_syn_is_for_once(world: World, application: socket.socket) -> None:
-    """Sent again by somebody who saw it: dropped while the first is under way, the engine's after that."""
+    """A tuple of before, sent again by somebody who saw it: the engine's. A SYN under way, sent again: dropped."""
     world.allow(application)
     client, served = world.native(application)
     port = client.getsockname()[1]
@@ -593,12 +576,15 @@ def test_a_syn_is_for_once(world: World, application: socket.socket) -> None:
     inbound = world.counter(world.near, "to_inbound")
     world.forge("host", port, 12345)
     eventually("it is the engine's", lambda: world.counter(world.near, "to_inbound") == inbound + 1)
-    port, isn = world.lost()
-    world.forge("host", port, isn)
-    eventually("the first is handed over", lambda: world.handed() == handed + 1)
-    late = world.late()
-    world.forge("host", port, isn)
-    eventually("the second is dropped", lambda: world.late() == late + 1)
+    with losing(world.near.pair):
+        client = world.client_socket()
+        client.connect_ex((world.address, PORT))
+        eventually("it is handed over", lambda: world.handed() == handed + 1)
+        (pending,) = world.notes("pending", world.near).values()
+        late = world.late()
+        world.forge("host", client.getsockname()[1], struct.unpack("IIQII", pending)[0])
+        eventually("the second is dropped", lambda: world.late() == late + 1)
+        client.close()
     assert world.handed() == handed + 1
     nobody(application)
 
@@ -739,7 +725,7 @@ def test_a_lost_note_is_recognised(world: World, application: socket.socket) -> 
     """The source went its native way and the destination knows of nothing: a reset, not one without identity."""
     world.allow(application)
     inbound = world.counter(world.near, "to_inbound")
-    with world.dropping(world.client, "meta l4proto tcp"):
+    with losing(world.client.pair):
         client = world.client_socket()
         client.connect_ex((world.address, PORT))
         port = client.getsockname()[1]

@@ -446,6 +446,7 @@ def page(**changes: Any) -> Any:
         "ports": {"known": [80], "probed": [], "held": {}},
         "raw": False,
         "old_connections": 0,
+        "doorless": "",
         "certificate": {"state": "available", "not_after": 4000, "renews_in_s": 100, "error": ""},
         "connections": {"inbound": 1, "outbound": 2},
     }
@@ -479,6 +480,7 @@ def page(**changes: Any) -> Any:
         ({}, "connections", "1 in, 2 out"),
         ({"old_connections": 3}, "connections", "1 in, 2 out, 3 from before it was enrolled"),
         ({"record": {}}, "record", "none in the mesh"),
+        ({"doorless": "eth0 is no veth"}, "same node", "through the engine, not natively: eth0 is no veth"),
         ({"ports": {"known": [], "probed": [], "held": {}}}, "ports", "-"),
     ],
 )

@@ -85,6 +85,7 @@ def describe(mesh: Mesh, namespace: str, name: str) -> dict[str, Any]:
         },
         "raw": bool(pod.get("raw")),
         "old_connections": pod.get("old_connections", 0),
+        "doorless": pod.get("doorless", ""),
         "certificate": None,
         "connections": None,
         "policies": None,
@@ -236,6 +237,8 @@ def _facts(page: Row, now: float) -> list[tuple[str, str]]:
         facts.append(
             ("connections", f"{page['connections']['inbound']} in, {page['connections']['outbound']} out{old}")
         )
+    if page["doorless"]:
+        facts.append(("same node", f"through the engine, not natively: {page['doorless']}"))
     if page["raw"]:
         facts.append(
             ("capabilities", "may hold CAP_NET_RAW or CAP_NET_ADMIN: it can send clear text past capture (drop them)")

@@ -195,6 +195,7 @@ class Pages:
             "waits_for": resident.step.value,
             "error": resident.error,
             "old_connections": resident.old,
+            "doorless": resident.doorless,
             "connections": resident.connections,
             "ports": {
                 "outbound": resident.ports.outbound,

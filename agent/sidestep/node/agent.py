@@ -134,6 +134,8 @@ class Agent:
                 resident.take(await self.captures.verify(uid, resident.netns, resident.interface))
             except CaptureError as err:
                 resident.intact, resident.error = False, str(err)
+            if what.netns_ino:
+                await self._steps.keep_door(resident)
         for uid in self._known_records.keys() - found.keys():
             self._records.remove(uid)
         if found:
@@ -548,11 +550,11 @@ class Agent:
                     resident.wake.set()
             await self.probes.keep()
             if self.names.native:
-                await self._sweep()
+                await self._keep_native()
             self._gauges()
 
-    async def _sweep(self) -> None:
-        """What vouched flows leave behind that nobody came for."""
+    async def _keep_native(self) -> None:
+        """What vouched flows leave behind that nobody came for goes; doors that were taken out are put back."""
         for resident in list(self.residents.values()):
             if resident.capture in _UNATTACHED:
                 continue
@@ -560,6 +562,7 @@ class Agent:
                 await self.captures.sweep(resident.uid, resident.netns)
             except CaptureError as err:
                 log.event("sweep_failed", pod=resident.key, error=err)
+            await self._steps.keep_door(resident)
         try:
             await self.captures.sweep_notes()
         except CaptureError as err:

@@ -41,7 +41,7 @@ _MISSING = {
     _lib.CAPTURE_NO_ACCEPT_LOCAL: "accept_local of lo",
 }
 _ALL_SLOTS = (1 << _lib.SLOT_COUNT) - 1
-_LAYOUT, _FORMER = "v2", "v1"  # CAPTURE_LAYOUT and CAPTURE_FORMER of bpf/loader.h
+_LAYOUT, _FORMER = "v3", ("v2", "v1")  # CAPTURE_LAYOUT of bpf/loader.h, and what capture_upgrade knows
 _NODE = "node"  # the kubelet exemption's pins, beside the pods'
 _NOTES = {_lib.KUBELET_NOTED: "noted", _lib.KUBELET_REFUSED: "refused_port", _lib.KUBELET_FULL: "full"}
 
@@ -83,19 +83,23 @@ class Verified:
 class Captures:
     """The instances of this node. A netns that is handed in may be closed by its owner at any time."""
 
-    def __init__(self, directory: Path) -> None:
-        """Opens (and makes) the directory of pins; takes over what an agent of the layout before left. Raises
-        CaptureError where it is not on a bpffs, or where that cannot be done: it then stays as it is.
+    def __init__(self, directory: Path, host: Path = Path("/proc/self/ns/net")) -> None:
+        """Opens (and makes) the directory of pins; takes over what an agent of a layout before left. `host`: the
+        namespace where the pods' links end. Raises CaptureError where the directory is not on a bpffs, or where taking
+        over cannot be done: it then stays as it is.
         """
         _require_bpffs(directory)
         self._directory = directory / _LAYOUT
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._upgrade(directory / _FORMER)
+        for former in _FORMER:
+            self._upgrade(directory / former)
+        self._host = os.open(host, os.O_RDONLY | os.O_CLOEXEC)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="capture")
 
     def close(self) -> None:
         """Ends the thread; what is attached and pinned stays."""
         self._thread.shutdown()
+        os.close(self._host)
 
     async def list(self) -> Mapping[str, Found]:
         """Every pod that has pins."""
@@ -140,15 +144,37 @@ class Captures:
 
     async def set_mode(self, uid: str, netns: Netns, interface: str, mode: Capture) -> None:
         """Attaches, or changes, to STRICT, LENIENT or DRAINING. Raises NotYet."""
-        await self._inside(netns, _lib.capture_set_mode, uid, interface, _MODES[mode])
+
+        def work(fd: int, error: Any) -> int:
+            return int(_lib.capture_set_mode(self._pins(uid), fd, interface.encode(), _MODES[mode], error))
+
+        await self._with(netns, work)
+
+    async def door(self, uid: str, netns: Netns, interface: str) -> bool:
+        """Keeps the pod's door, so that flows between it and other pods of this node may pass natively. True: there was
+        none, and now there is. Raises CaptureError where there can be none; the pod is captured all the same.
+        """
+
+        def work(fd: int, error: Any) -> int:
+            return int(_lib.capture_door(self._pins(uid), self._host, fd, interface.encode(), error))
+
+        return bool(await self._with(netns, work))
 
     async def detach(self, uid: str, netns: Netns | None, interface: str) -> None:
         """Takes everything out; also where the namespace is gone (None)."""
-        await self._inside(netns, _lib.capture_detach, uid, interface)
+
+        def work(fd: int, error: Any) -> int:
+            return int(_lib.capture_detach(self._pins(uid), self._host, fd, interface.encode(), error))
+
+        await self._with(netns, work)
 
     async def verify(self, uid: str, netns: Netns | None, interface: str) -> Verified:
         """Compares what should be attached with what is; without a namespace only the listeners are looked at."""
-        bits = await self._inside(netns, _lib.capture_verify, uid, interface) if netns is not None else 0
+
+        def work(fd: int, error: Any) -> int:
+            return int(_lib.capture_verify(self._pins(uid), fd, interface.encode(), error))
+
+        bits = await self._with(netns, work) if netns is not None else 0
         missing = ", ".join(word for bit, word in _MISSING.items() if bits & bit)
         if bits & _lib.CAPTURE_NO_PINS:
             return Verified(missing, listeners=False, pins=False)
@@ -157,13 +183,13 @@ class Captures:
 
     async def old(self, uid: str, netns: Netns) -> int:
         """Connections from before the enrolment that are still open."""
-        return await self._inside(netns, _lib.capture_old, uid, None)
+        return await self._with(netns, lambda fd, error: int(_lib.capture_old(self._pins(uid), fd, error)))
 
     async def held(self, uid: str, netns: Netns) -> int:
         """Connections between engine and application that would be cut by a detach, also those that only the kernel
         still delivers.
         """
-        return await self._inside(netns, _lib.capture_held, uid, None)
+        return await self._with(netns, lambda fd, error: int(_lib.capture_held(self._pins(uid), fd, error)))
 
     async def counters(self, uid: str) -> Mapping[str, int]:
         """Decisions of the programs, by name."""
@@ -229,7 +255,7 @@ class Captures:
 
     async def sweep(self, uid: str, netns: Netns | None) -> None:
         """Forgets SYNs of vouched flows that need not be remembered any more."""
-        await self._inside(netns, _lib.capture_sweep, uid, None)
+        await self._with(netns, lambda fd, error: int(_lib.capture_sweep(self._pins(uid), fd, error)))
 
     async def sweep_notes(self) -> None:
         """Takes out what nobody took; also where there are no pods."""
@@ -246,12 +272,11 @@ class Captures:
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def _inside(self, netns: Netns | None, function: Any, uid: str, interface: str | None, *rest: int) -> int:
-        """Calls a function of the loader with pins, netns and interface (where it takes one)."""
-        words = [] if interface is None else [interface.encode()]
+    async def _with(self, netns: Netns | None, work: Callable[[int, Any], int]) -> int:
+        """Calls the loader with a netns (-1: there is none) of which nobody else closes the descriptor."""
         fd = -1 if netns is None else os.dup(netns.fd)
         try:
-            return await self._call(lambda: _check(lambda error: function(self._pins(uid), fd, *words, *rest, error)))
+            return await self._call(lambda: _check(lambda error: work(fd, error)))
         finally:
             if fd >= 0:
                 os.close(fd)

@@ -79,9 +79,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add(
         "--same-node",
         choices=("direct", "native", "mtls"),
-        default="direct",
-        help="between two pods of this node: through the engine without TLS (direct), by the kernel alone once a first "
-        "connection was allowed (native; destinations outside the mesh likewise), with TLS (mtls)",
+        default="native",
+        help="between two pods of this node: by the kernel alone once a first connection was allowed (native, the "
+        "default; destinations outside the mesh likewise), through the engine without TLS (direct), with TLS (mtls)",
     )
     add("--unknown", choices=("hold", "pass"), default="hold", help="cluster addresses without a record")
     add("--drain-quiet-s", type=float, default=10.0, metavar="S", help="quiet time before a released pod is let go")

@@ -46,7 +46,8 @@ class ApiError(Exception):
 @dataclass(slots=True)
 class Resident:
     """What is known. `fresh`: came by CNI ADD and was never outside; `ended`: its sandbox was deleted by CNI DEL;
-    `addresses`: as prevResult named them; `captured_ino`: the namespace that the pins belong to.
+    `addresses`: as prevResult named them; `captured_ino`: the namespace that the pins belong to; `doorless`: why
+    there is no `door`.
     """
 
     uid: str
@@ -63,6 +64,8 @@ class Resident:
     intact: bool = True
     pins: bool = True
     listeners: bool = False
+    door: bool = False
+    doorless: str = ""
     old: int = 0
     engine: Serving = Serving.ABSENT
     ports: Ports = _NO_PORTS
@@ -287,6 +290,7 @@ class Steps:
                 await self._verify(resident)
                 if not resident.intact:
                     raise CaptureError(f"{step.name.lower()}: programs are not in place after they were attached")
+                await self.keep_door(resident)
             case Step.REPAIR:
                 lost = not resident.pins
                 if lost:
@@ -301,6 +305,7 @@ class Steps:
                 await self._verify(resident)
                 if not resident.intact:
                     raise CaptureError("programs could not be put back")
+                await self.keep_door(resident)
             case Step.ENGINE_ADD:
                 await self._engine_add(resident)
             case Step.ENGINE_SERVE:
@@ -361,6 +366,21 @@ class Steps:
         if enabled:
             resident.fresh = False
             self._record(resident)
+
+    async def keep_door(self, resident: Resident) -> None:
+        """Without one the engine carries what goes to other pods of the node, which is said once."""
+        if not self._names.native or resident.netns is None:
+            return
+        try:
+            new = await self._captures.door(resident.uid, resident.netns, resident.interface)
+            if new and resident.door:
+                log.event("programs_missing", pod=resident.key, missing="door", hint="put back now")
+            resident.door, resident.doorless = True, ""
+        except CaptureError as err:
+            if not resident.doorless:
+                hint = "the engine carries its connections to other pods of this node"
+                log.event("no_door", level="WARN", pod=resident.key, reason=err, hint=hint)
+            resident.door, resident.doorless = False, str(err)
 
     async def _verify(self, resident: Resident) -> None:
         verified = await self._captures.verify(resident.uid, resident.netns, resident.interface)
