@@ -27,6 +27,7 @@
 #include <openssl/provider.h>
 #include <pthread.h>
 #include <stdalign.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -58,6 +59,7 @@ static struct {
         OSSL_LIB_CTX *libctx;
         struct functions f128, f256;
         char name[96];
+        atomic_uint contexts;
 } gcm = {.once = PTHREAD_ONCE_INIT};
 
 /* -- a cipher context --------------------------------------------------------------------------------------------- */
@@ -83,6 +85,7 @@ static struct cipher *cipher_new(const struct functions *f, size_t key_len)
         memset(c, 0, sizeof(*c));
         c->f = f;
         c->key_len = key_len;
+        atomic_fetch_add_explicit(&gcm.contexts, 1, memory_order_relaxed);
         return c;
 }
 
@@ -100,9 +103,11 @@ static void *new_256(void *unused)
 
 static void cipher_free(void *arg)
 {
-        if (arg)
-                OPENSSL_cleanse(arg, sizeof(struct cipher));
+        if (!arg)
+                return;
+        OPENSSL_cleanse(arg, sizeof(struct cipher));
         free(arg);
+        atomic_fetch_sub_explicit(&gcm.contexts, 1, memory_order_relaxed);
 }
 
 static int cipher_set(void *arg, const OSSL_PARAM *params)
@@ -513,4 +518,9 @@ const char *gcm_name(void)
 {
         pthread_once(&gcm.once, choose);
         return gcm.name;
+}
+
+unsigned gcm_contexts(void)
+{
+        return atomic_load_explicit(&gcm.contexts, memory_order_relaxed);
 }

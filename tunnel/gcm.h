@@ -11,5 +11,7 @@ OSSL_LIB_CTX *gcm_libctx(void);
 const char *gcm_query(void);
 /* Which one is in use, and why not the other; "OpenSSL (...)" or "libipsec-mb 1.3.0". */
 const char *gcm_name(void);
+/* Contexts with a key that libipsec-mb has now; two a TLS connection. */
+unsigned gcm_contexts(void);
 
 #endif

@@ -159,8 +159,9 @@ static int configure(SSL_CTX *ctx)
 {
         static const unsigned char h2[] = "\x02h2";
         SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE);
-        SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
-                                      SSL_MODE_RELEASE_BUFFERS);
+        /* libssl's two buffers of 16 KiB are kept between records and freed by tls_rest(), not after each record */
+        SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+        SSL_CTX_set_read_ahead(ctx, 1); /* one read a record, not one for its header and one for its body */
         SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
         SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
         SSL_CTX_set_alpn_select_cb(ctx, select_h2, NULL);
@@ -357,6 +358,16 @@ int tls_write(struct tls *t, const void *plain, int n, uint64_t *key_updates)
                 n -= put;
         }
         return 0;
+}
+
+bool tls_pending(const struct tls *t)
+{
+        return t->in.len || SSL_has_pending(t->ssl) == 1;
+}
+
+void tls_rest(struct tls *t)
+{
+        SSL_free_buffers(t->ssl);
 }
 
 void tls_end(struct tls *t)
