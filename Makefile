@@ -14,7 +14,7 @@ FUZZ       ?= 20
 DEBIAN := build-essential clang-16 llvm-16 clang-format-16 libclang-rt-16-dev libbpf-dev bpftool libssl-dev libnghttp2-dev \
 	pkg-config libelf-dev zlib1g-dev linux-libc-dev python3 python3-venv python3-dev iproute2 nftables procps util-linux \
 	ca-certificates containernetworking-plugins dnsmasq-base tcpdump postgresql python3-psycopg2 redis-server nginx-light wrk \
-	libcap2-bin libcmocka-dev curl
+	libcap2-bin libcmocka-dev curl $(if $(filter x86_64,$(shell uname -m)),libipsec-mb1)
 
 .PHONY: setup build bpffs demo test check bench clean
 .DEFAULT_GOAL := setup

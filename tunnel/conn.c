@@ -39,8 +39,8 @@
 #include "vouch.h"
 
 #define TURN_BYTES (1 << 20)
-#define STREAM_QUEUE (16 * FRAME_PAYLOAD) /* read ahead of a stream that cannot be written: whole frames */
-#define FRONT 16                          /* before a queue's first byte: room for a frame's header */
+#define STREAM_QUEUE (8 * FRAME_PAYLOAD) /* read ahead of a stream that cannot be written: whole frames */
+#define FRONT 16                         /* before a queue's first byte: room for a frame's header */
 #define ACCEPT_BATCH 64
 #define OWE_MS 2             /* how long an answer waits for the application's first bytes */
 #define OWE_BYTES (16 << 10) /* and after how many of the client's it does not */

@@ -20,6 +20,7 @@
 #include <unistd.h>
 #include "conn.h"
 #include "denial.h"
+#include "gcm.h"
 #include "hbone.h"
 #include "pod.h"
 #include "rbac.h"
@@ -62,6 +63,7 @@ int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg)
         if ((result = netns_remember()) < 0 || (result = mesh_new(&t->mesh, t->nworkers)) < 0 ||
             (result = event_new(&t->event, t->nworkers + 1, cfg->log_fd)) < 0) /* the last: what no worker counts */
                 goto fail;
+        event_log(t->event, NULL, "info", "AES-GCM of TLS records: %s", gcm_name());
         if (!(t->vouch = vouch_new(t))) {
                 result = -ENOMEM;
                 goto fail;
@@ -534,6 +536,11 @@ int tunnel_metrics(struct tunnel *t, int fd)
 const char *tunnel_openssl_version(void)
 {
         return OpenSSL_version(OPENSSL_VERSION);
+}
+
+const char *tunnel_aes_gcm(void)
+{
+        return gcm_name();
 }
 
 /* -- dumps -------------------------------------------------------------------------------------------------------- */

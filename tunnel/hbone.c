@@ -708,7 +708,7 @@ static void digest(struct tun *t)
                         tun_fail(t, FLAG_H2_FAILURE, taken < 0 ? nghttp2_strerror((int)taken) : "HTTP/2 session ended");
                         return;
                 }
-                if (t->tls.in.len == 0 && SSL_pending(t->tls.ssl) == 0)
+                if (!tls_pending(&t->tls))
                         return;
         }
 }
@@ -822,6 +822,8 @@ void tun_ping(struct tun *t)
                 return;
         }
         bool silent = t->w->now_ms - t->heard_ms >= 10000;
+        if (t->w->now_ms - t->heard_ms >= 5000)
+                tls_rest(&t->tls);
         if (silent && t->pinged && t->w->now_ms - t->heard_ms >= 30000) {
                 tun_fail(t, FLAG_CONNECT, "peer does not answer");
                 return;

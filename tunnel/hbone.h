@@ -12,7 +12,7 @@
 #define TUN_STREAMS_SERVER 200
 #define TUN_STREAMS_CLIENT 100
 #define FRAME_PAYLOAD 16375   /* with its header of 9 bytes one TLS record */
-#define TUN_QUEUE (256 << 10) /* sealed bytes waiting for the socket, beyond which no stream is asked for more */
+#define TUN_QUEUE (128 << 10) /* sealed bytes waiting for the socket, beyond which no stream is asked for more */
 #define WINDOW_FIRST (256 << 10)
 #define SETTINGS_EARLY 0xed01 /* value 1 from a server: docs/interfaces.md, HBONE */
 #define WINDOW_MOST (4 << 20)

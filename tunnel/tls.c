@@ -16,6 +16,7 @@
 #include <openssl/x509v3.h>
 #include <pthread.h>
 #include <stdio.h>
+#include "gcm.h"
 #include "tls.h"
 
 #define KEY_UPDATE_RECORDS (1u << 23)
@@ -142,10 +143,13 @@ static STACK_OF(X509) * read_pem(const char *pem)
 {
         STACK_OF(X509) *all = sk_X509_new_null();
         BIO *bio = BIO_new_mem_buf(pem, -1);
-        X509 *cert;
-        while (bio && all && (cert = PEM_read_bio_X509(bio, NULL, NULL, NULL)))
-                if (!sk_X509_push(all, cert))
+        while (bio && all) {
+                X509 *cert = X509_new_ex(gcm_libctx(), NULL);
+                if (!cert || !PEM_read_bio_X509(bio, &cert, NULL, NULL) || !sk_X509_push(all, cert)) {
                         X509_free(cert);
+                        break;
+                }
+        }
         BIO_free(bio);
         ERR_clear_error(); /* the end of the text is an error to PEM_read */
         return all;
@@ -155,8 +159,9 @@ static int configure(SSL_CTX *ctx)
 {
         static const unsigned char h2[] = "\x02h2";
         SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE);
-        SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
-                                      SSL_MODE_RELEASE_BUFFERS);
+        /* libssl's two buffers of 16 KiB are kept between records and freed by tls_rest(), not after each record */
+        SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+        SSL_CTX_set_read_ahead(ctx, 1); /* one read a record, not one for its header and one for its body */
         SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
         SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
         SSL_CTX_set_alpn_select_cb(ctx, select_h2, NULL);
@@ -172,7 +177,7 @@ int identity_new(struct identity **out, const char *uri, const char *key_pem, co
         struct identity *i = calloc(1, sizeof(*i));
         STACK_OF(X509) *chain = read_pem(chain_pem), *roots = read_pem(roots_pem);
         BIO *bio = BIO_new_mem_buf(key_pem, -1);
-        EVP_PKEY *key = bio ? PEM_read_bio_PrivateKey(bio, NULL, NULL, NULL) : NULL;
+        EVP_PKEY *key = bio ? PEM_read_bio_PrivateKey_ex(bio, NULL, NULL, NULL, gcm_libctx(), NULL) : NULL;
         char own[TLS_URI_MAX];
         BIO_free(bio);
         if (!i || !chain || !roots)
@@ -185,7 +190,7 @@ int identity_new(struct identity **out, const char *uri, const char *key_pem, co
         if (spiffe_of(leaf, own) || strcmp(own, uri) != 0 || X509_check_private_key(leaf, key) != 1)
                 goto out;
         result = -ENOMEM;
-        i->ctx = SSL_CTX_new(TLS_method());
+        i->ctx = SSL_CTX_new_ex(gcm_libctx(), gcm_query(), TLS_method());
         i->uri = strdup(uri);
         if (!i->ctx || !i->uri || !configure(i->ctx))
                 goto out;
@@ -353,6 +358,16 @@ int tls_write(struct tls *t, const void *plain, int n, uint64_t *key_updates)
                 n -= put;
         }
         return 0;
+}
+
+bool tls_pending(const struct tls *t)
+{
+        return t->in.len || SSL_has_pending(t->ssl) == 1;
+}
+
+void tls_rest(struct tls *t)
+{
+        SSL_free_buffers(t->ssl);
 }
 
 void tls_end(struct tls *t)

@@ -46,6 +46,10 @@ const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s,
 int tls_read(struct tls *t, void *plain, int n);
 /* One record of at most 16 KiB into out. -1: failed. *key_updates is counted up. */
 int tls_write(struct tls *t, const void *plain, int n, uint64_t *key_updates);
+/* Received bytes may hold another record. */
+bool tls_pending(const struct tls *t);
+/* Nothing comes for a while: gives 32 KiB back until something does. */
+void tls_rest(struct tls *t);
 /* close_notify. */
 void tls_end(struct tls *t);
 /* The last error of this thread, cut. */

@@ -112,6 +112,8 @@ void tunnel_counts(struct tunnel *t, struct tunnel_counts *out);
 int tunnel_metrics(struct tunnel *t, int fd);
 int tunnel_dump(struct tunnel *t, const char *what, int fd);
 const char *tunnel_openssl_version(void);
+/* What seals and opens TLS records: "libipsec-mb VERSION", or "OpenSSL (why not the other)". */
+const char *tunnel_aes_gcm(void);
 /* cdef end */
 
 #endif

@@ -106,6 +106,12 @@ def _said(*words: str) -> str:
     return (done.stdout + done.stderr).strip().split("\n")[0]
 
 
+def _aes_gcm() -> str:
+    import sidestep._tunnel as _tunnel  # built by then
+
+    return str(_tunnel.ffi.string(_tunnel.lib.tunnel_aes_gcm()).decode())
+
+
 def describe() -> dict[str, Any]:
     """For the report. The engine uses the same libssl as this Python."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
@@ -116,7 +122,7 @@ def describe() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_gib": round(int(memory.split()[1]) / 1024 / 1024, 1),
         "kernel": platform.release(),
-        "openssl": ssl.OPENSSL_VERSION,
+        "openssl": f"{ssl.OPENSSL_VERSION}, AES-GCM of the engine by {_aes_gcm()}",
         "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "load_before": os.getloadavg()[0],
         "nginx": _said("/usr/sbin/nginx", "-v"),

@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
         import sidestep._tunnel as _tunnel
 
         found["engine_openssl"] = _tunnel.ffi.string(_tunnel.lib.tunnel_openssl_version()).decode()
+        found["engine_aes_gcm"] = _tunnel.ffi.string(_tunnel.lib.tunnel_aes_gcm()).decode()
     except ImportError as error:
         found["engine_openssl"] = f"not built: {error}; run `make build`"
     found["python_openssl"] = ssl.OPENSSL_VERSION
