@@ -99,6 +99,11 @@ struct worker {
         struct link stale; /* seats with connections to judge anew */
         struct event_worker *ev;
         uint64_t now_ms, random;
+        /* Whether to look before a sleep: see loop.c. Of this turn: flows that were run, bytes that they moved. */
+        int keen, ran;
+        size_t moved;
+        int64_t credit_ns; /* CPU that it may spend on looking */
+        uint64_t cpu_ns;   /* its own, when it looked last */
 
         struct link seats[LOOP_HASH]; /* by hash of the workload's uid */
         struct link identities[LOOP_HASH];
