@@ -25,6 +25,7 @@
 #include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
+#include "block.h"
 #include "conn.h"
 #include "hbone.h"
 #include "loop.h"
@@ -128,10 +129,7 @@ static int patience(const struct worker *w)
 
 static void take_mail(struct worker *w)
 {
-        pthread_mutex_lock(&w->mail_lock);
-        struct mail *m = w->mail, *oldest = NULL;
-        w->mail = NULL;
-        pthread_mutex_unlock(&w->mail_lock);
+        struct mail *m = atomic_load(&w->mail) ? atomic_exchange(&w->mail, NULL) : NULL, *oldest = NULL;
         while (m) {
                 struct mail *next = m->next;
                 m->next = oldest;
@@ -229,6 +227,8 @@ static int await(struct worker *w, struct epoll_event *events, int ms)
                 w->moved = 0;
         }
         w->now_ms = now / 1000000;
+        if (n > 0)
+                w->busy_ms = w->now_ms;
         return n;
 }
 
@@ -236,6 +236,7 @@ static void *loop_run(void *arg)
 {
         struct worker *w = arg;
         struct epoll_event events[EVENTS];
+        blocks_keep(true);
         while (!w->stop) {
                 int n = await(w, events, w->woken ? 0 : patience(w));
                 w->woken = false;
@@ -278,6 +279,8 @@ static void *loop_run(void *arg)
                         w->woken = true; /* for the rest of them the next turn does not wait */
                 tun_free_dead(w);
                 free_dead_listeners(w);
+                if (w->now_ms - w->busy_ms > 1000)
+                        blocks_give_back();
         }
         conn_abort_all(w);
         w->now_ms += LEAVE_IDLE_MS; /* all of it is due */
@@ -286,6 +289,7 @@ static void *loop_run(void *arg)
         tun_free_dead(w);
         free_dead_listeners(w);
         mesh_leave(w->engine->mesh, w->index);
+        blocks_keep(false);
         return NULL;
 }
 
@@ -303,10 +307,9 @@ void loop_wake(struct worker *w)
 
 static void post(struct worker *w, struct mail *m)
 {
-        pthread_mutex_lock(&w->mail_lock);
-        m->next = w->mail;
-        w->mail = m;
-        pthread_mutex_unlock(&w->mail_lock);
+        m->next = atomic_load(&w->mail);
+        while (!atomic_compare_exchange_weak(&w->mail, &m->next, m))
+                ;
         loop_wake(w);
 }
 
@@ -373,7 +376,6 @@ int loop_start(struct worker *w, struct tunnel *engine, unsigned index)
         link_init(&w->left_flows);
         link_init(&w->dead_tuns);
         link_init(&w->dead_listeners);
-        pthread_mutex_init(&w->mail_lock, NULL);
         w->scratch = malloc(LOOP_SCRATCH);
         w->epoll = epoll_create1(EPOLL_CLOEXEC);
         w->wake = (struct io){.type = IO_WAKE, .fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)};
@@ -408,5 +410,4 @@ void loop_stop(struct worker *w)
         close(w->epoll);
         close(w->wake.fd);
         free(w->scratch);
-        pthread_mutex_destroy(&w->mail_lock);
 }

@@ -12,22 +12,16 @@
 #define ROUNDS 300
 #define GUARD_S 60 /* a command that is overlooked waits for a second: then this is too short for all */
 
-static void nothing(struct worker *w, void *arg)
+static void count_down(struct worker *w, void *arg)
 {
-        (void)w, (void)arg;
+        (void)w;
+        atomic_fetch_sub((atomic_uint *)arg, 1);
 }
 
 /* Runs as mail, and posts the next as the control thread would do now. */
 static void post_another(struct worker *w, void *arg)
 {
-        struct mail *m = calloc(1, sizeof(*m));
-        assert_non_null(m);
-        *m = (struct mail){.run = nothing, .left = arg};
-        pthread_mutex_lock(&w->mail_lock);
-        m->next = w->mail;
-        w->mail = m;
-        pthread_mutex_unlock(&w->mail_lock);
-        loop_wake(w);
+        assert_int_equal(loop_mail(w, count_down, arg), 0);
 }
 
 static void test_a_command_at_the_worst_moment(void **unused)
