@@ -869,6 +869,14 @@ static nghttp2_nv header(const char *name, const char *value)
         return (nghttp2_nv){(uint8_t *)name, (uint8_t *)value, strlen(name), strlen(value), NGHTTP2_NV_FLAG_NONE};
 }
 
+/* Of another value each time: it would only push others out of the table of headers. */
+static nghttp2_nv once(const char *name, const char *value)
+{
+        nghttp2_nv nv = header(name, value);
+        nv.flags = NGHTTP2_NV_FLAG_NO_INDEX;
+        return nv;
+}
+
 int tun_submit(struct tun *t, struct flow *f)
 {
         char forwarded[ENDPOINT_STRLEN + 300], traceparent[64], baggage[512], client[ENDPOINT_STRLEN];
@@ -888,8 +896,8 @@ int tun_submit(struct tun *t, struct flow *f)
                  (unsigned long long)loop_random(t->w));
         flow_baggage(f, baggage, sizeof(baggage));
         nghttp2_nv headers[] = {
-                header(":method", "CONNECT"),   header(":authority", f->authority), header("baggage", baggage),
-                header("forwarded", forwarded), header("traceparent", traceparent),
+                header(":method", "CONNECT"), header(":authority", f->authority), header("baggage", baggage),
+                once("forwarded", forwarded), once("traceparent", traceparent),
         };
         nghttp2_data_provider provider = {.source.ptr = f, .read_callback = on_read_data};
         int32_t id = nghttp2_submit_request(t->h2, NULL, headers, sizeof(headers) / sizeof(*headers), &provider, f);
