@@ -11,10 +11,12 @@
  * goes to free(). A worker that has had nothing to do for a second gives all of it back (loop.c). Other threads keep
  * nothing.
  *
- * Each block has its size in front, because OpenSSL and nghttp2 do not say it when they free. Sizes step by 16 bytes up
- * to 1 KiB and by a quarter of a power of two beyond. Under AddressSanitizer all of this is malloc and free: it shall
- * see each use of what was freed.
+ * OpenSSL and nghttp2 do not say how large it is what they free: malloc_usable_size() does, so a block has nothing of
+ * ours in front of it and an open connection costs no byte more. Sizes step by 16 bytes up to 1 KiB and by a quarter of
+ * a power of two beyond. Under AddressSanitizer all of this is malloc and free: it shall see each use of what was
+ * freed.
  */
+#include <malloc.h>
 #include <openssl/crypto.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -35,17 +37,10 @@
 
 #define SMALL 1024
 #define STEP 16
+#define SLACK (4 * STEP) /* malloc may give a little more than it was asked for */
 #define BLOCK_LARGEST (128 << 10)
 #define SHELVES (SMALL / STEP + 1 + 4 * 7) /* four for each doubling from SMALL to BLOCK_LARGEST */
 #define SHELF_MOST (BLOCKS_MOST / 4)
-
-union head {
-        struct {
-                size_t size;
-                unsigned shelf; /* SHELVES: none */
-        };
-        max_align_t align;
-};
 
 struct kept {
         struct kept *next;
@@ -60,60 +55,61 @@ static _Thread_local struct {
         } shelf[SHELVES];
 } own;
 
-/* The class of a size, which grows to the size of that shelf. */
-static unsigned shelf_of(size_t *n)
+/* What is on a shelf. */
+static size_t size_on(unsigned shelf)
 {
-        if (*n <= SMALL) {
-                unsigned shelf = (unsigned)((*n + STEP - 1) / STEP);
-                shelf = shelf ? shelf : 1; /* room for a link */
-                *n = (size_t)shelf * STEP;
-                return shelf;
-        }
-        if (*n > BLOCK_LARGEST)
+        if (shelf <= SMALL / STEP)
+                return (size_t)shelf * STEP;
+        unsigned nth = shelf - SMALL / STEP - 1;
+        return ((size_t)SMALL << nth / 4) / 4 * (5 + nth % 4);
+}
+
+/* The first shelf whose blocks are large enough; SHELVES: none. */
+static unsigned shelf_for(size_t n)
+{
+        if (n <= SMALL)
+                return n ? (unsigned)((n + STEP - 1) / STEP) : 1; /* room for a link */
+        if (n > BLOCK_LARGEST)
                 return SHELVES;
-        unsigned power = 63 - (unsigned)__builtin_clzll(*n - 1);
-        size_t low = (size_t)1 << power, quarter = low / 4, nth = (*n - 1 - low) / quarter;
-        *n = low + (nth + 1) * quarter;
-        return SMALL / STEP + 1 + 4 * (power - 10) + (unsigned)nth;
+        unsigned power = 63 - (unsigned)__builtin_clzll(n - 1);
+        size_t low = (size_t)1 << power;
+        return SMALL / STEP + 1 + 4 * (power - 10) + (unsigned)((n - 1 - low) / (low / 4));
 }
 
 void *block_new(size_t n)
 {
-        if (!KEEPS)
+        unsigned shelf = shelf_for(n);
+        if (!KEEPS || shelf == SHELVES)
                 return malloc(n ? n : 1);
-        unsigned shelf = shelf_of(&n);
-        if (shelf < SHELVES && own.shelf[shelf].first) {
-                struct kept *k = own.shelf[shelf].first;
-                own.shelf[shelf].first = k->next;
-                own.shelf[shelf].bytes -= n;
-                own.bytes -= n;
-                return k;
-        }
-        union head *h = n <= SIZE_MAX - sizeof(*h) ? malloc(sizeof(*h) + n) : NULL;
-        if (!h)
-                return NULL;
-        h->size = n;
-        h->shelf = shelf;
-        return h + 1;
+        struct kept *k = own.shelf[shelf].first;
+        if (!k)
+                return malloc(size_on(shelf));
+        own.shelf[shelf].first = k->next;
+        own.shelf[shelf].bytes -= size_on(shelf);
+        own.bytes -= size_on(shelf);
+        return k;
 }
 
 void block_free(void *block)
 {
-        if (!KEEPS || !block) {
+        if (!KEEPS || !block || !own.keeps) {
                 free(block);
                 return;
         }
-        union head *h = (union head *)block - 1;
-        if (!own.keeps || h->shelf == SHELVES || own.bytes + h->size > BLOCKS_MOST ||
-            own.shelf[h->shelf].bytes + h->size > SHELF_MOST) {
-                free(h);
+        size_t has = malloc_usable_size(block), most = has < BLOCK_LARGEST ? has : BLOCK_LARGEST;
+        unsigned shelf = shelf_for(most);
+        if (size_on(shelf) > most)
+                shelf--;
+        size_t n = size_on(shelf);
+        if (has - n > SLACK || own.bytes + n > BLOCKS_MOST || own.shelf[shelf].bytes + n > SHELF_MOST) {
+                free(block);
                 return;
         }
         struct kept *k = block;
-        k->next = own.shelf[h->shelf].first;
-        own.shelf[h->shelf].first = k;
-        own.shelf[h->shelf].bytes += h->size;
-        own.bytes += h->size;
+        k->next = own.shelf[shelf].first;
+        own.shelf[shelf].first = k;
+        own.shelf[shelf].bytes += n;
+        own.bytes += n;
 }
 
 void *block_zero(size_t n)
@@ -128,7 +124,7 @@ void *block_grow(void *block, size_t n)
                 return realloc(block, n ? n : 1);
         if (!block)
                 return block_new(n);
-        size_t have = ((union head *)block - 1)->size;
+        size_t have = malloc_usable_size(block);
         if (n <= have)
                 return block;
         void *more = block_new(n);
@@ -159,7 +155,7 @@ void blocks_give_back(void)
         for (unsigned i = 0; i < SHELVES && own.bytes; i++) {
                 for (struct kept *k = own.shelf[i].first, *next; k; k = next) {
                         next = k->next;
-                        free((union head *)k - 1);
+                        free(k);
                 }
                 own.bytes -= own.shelf[i].bytes;
                 own.shelf[i].first = NULL;

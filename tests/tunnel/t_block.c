@@ -32,8 +32,10 @@ static size_t kept_bytes(void)
         size_t sum = 0;
         for (unsigned i = 0; i < SHELVES; i++) {
                 size_t bytes = 0;
-                for (struct kept *k = own.shelf[i].first; k; k = k->next)
-                        bytes += ((union head *)k - 1)->size;
+                for (struct kept *k = own.shelf[i].first; k; k = k->next) {
+                        assert_true(malloc_usable_size(k) >= size_on(i));
+                        bytes += size_on(i);
+                }
                 assert_int_equal(bytes, own.shelf[i].bytes);
                 assert_true(bytes <= SHELF_MOST);
                 sum += bytes;
@@ -46,19 +48,17 @@ static void test_shelves(void **unused)
         unsigned before = 0;
         (void)unused;
         for (size_t n = 0; n <= BLOCK_LARGEST; n++) {
-                size_t size = n;
-                unsigned shelf = shelf_of(&size);
+                unsigned shelf = shelf_for(n);
+                size_t size = size_on(shelf);
                 assert_true(shelf < SHELVES && size >= n && size >= sizeof(struct kept) && size % STEP == 0);
                 assert_true(n <= SMALL ? size < n + STEP || n == 0 : size - n <= n / 4);
                 assert_true(shelf == before || shelf == before + 1 || n == 0); /* each size on one, in order */
-                size_t again = size;
-                assert_int_equal(shelf_of(&again), shelf);
-                assert_int_equal(again, size);
+                assert_int_equal(shelf_for(size), shelf);
                 before = shelf;
         }
         assert_int_equal(before, SHELVES - 1);
-        size_t large = BLOCK_LARGEST + 1;
-        assert_int_equal(shelf_of(&large), SHELVES);
+        assert_int_equal(size_on(before), BLOCK_LARGEST);
+        assert_int_equal(shelf_for(BLOCK_LARGEST + 1), SHELVES);
 }
 
 static void test_blocks_are_whole_and_bounded(void **unused)
