@@ -39,6 +39,7 @@
 #define FEW_FLOWS 2
 #define FEW_BYTES 8192
 #define KEEN_MOST 256 /* of worker.keen: all waits were short */
+#define KEEN_SPAN 16
 #define KEEN_LOOKS 160
 #define CREDIT_NS (10 * 1000 * 1000)
 
@@ -210,6 +211,16 @@ static int look(struct worker *w, struct epoll_event *events, uint64_t now_ns)
         return n;
 }
 
+/* What a wait says about the next one: short, after a turn of little work, or not. */
+static void learn(struct worker *w, uint64_t waited_ns, bool slept)
+{
+        bool pays = w->ran <= FEW_FLOWS && w->moved <= FEW_BYTES &&
+                    waited_ns <= (LOOK_US + (slept ? WAKE_US : 0)) * 1000ull;
+        w->keen += ((pays ? KEEN_MOST : 0) - w->keen) / KEEN_SPAN;
+        w->ran = 0;
+        w->moved = 0;
+}
+
 /* The next events, at most `ms` milliseconds from now; sets the worker's clock. */
 static int await(struct worker *w, struct epoll_event *events, int ms)
 {
@@ -219,13 +230,8 @@ static int await(struct worker *w, struct epoll_event *events, int ms)
         if (n == 0)
                 n = epoll_wait(w->epoll, events, EVENTS, ms);
         uint64_t now = clock_ns(CLOCK_MONOTONIC);
-        if (ms) {
-                bool pays = w->ran <= FEW_FLOWS && w->moved <= FEW_BYTES &&
-                            now - began <= (LOOK_US + (slept ? WAKE_US : 0)) * 1000ull;
-                w->keen += ((pays ? KEEN_MOST : 0) - w->keen) / 16;
-                w->ran = 0;
-                w->moved = 0;
-        }
+        if (ms)
+                learn(w, now - began, slept);
         w->now_ms = now / 1000000;
         if (n > 0)
                 w->busy_ms = w->now_ms;
