@@ -12,7 +12,7 @@
  * do at a time, and whose waits have been short, looks for events for LOOK_US before it sleeps, and lets everybody else
  * run between two looks (decision 0016). Its waits are a running average: one that was short, after a turn of few flows
  * and few bytes, speaks for looking, any other against it, so busy workers (whose turns gather more work while they
- * sleep) and idle ones sleep at once. Looking never costs more than twice the CPU that the work did.
+ * sleep) and idle ones sleep at once. Looking never costs more CPU than the work did.
  *
  * The control thread speaks to a worker by mail: a function that runs inside it. It waits for the answer with a
  * deadline; a worker that does not answer for 10 s is stuck, and the command fails.
@@ -197,7 +197,7 @@ static int look(struct worker *w, struct epoll_event *events, uint64_t now_ns)
 {
         uint64_t cpu = clock_ns(CLOCK_THREAD_CPUTIME_ID), until = now_ns + LOOK_US * 1000ull;
         int n = 0;
-        w->credit_ns += 2 * (int64_t)(cpu - w->cpu_ns);
+        w->credit_ns += (int64_t)(cpu - w->cpu_ns);
         if (w->credit_ns > CREDIT_NS)
                 w->credit_ns = CREDIT_NS;
         if (w->credit_ns > 0) {
