@@ -6,8 +6,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
+#include "block.h"
 
 struct buf {
         uint8_t *bytes;
@@ -33,12 +33,12 @@ static inline uint8_t *buf_room(struct buf *b, size_t n)
                                 want = b->last; /* once, instead of growing to it with a copy each time */
                         while (cap < want)
                                 cap *= 2;
-                        uint8_t *bytes = malloc(cap);
+                        uint8_t *bytes = block_new(cap);
                         if (!bytes)
                                 return NULL;
                         if (b->len)
                                 memcpy(bytes, b->bytes + b->head, b->len);
-                        free(b->bytes);
+                        block_free(b->bytes);
                         b->bytes = bytes;
                         b->cap = cap;
                         b->head = 0;
@@ -49,7 +49,7 @@ static inline uint8_t *buf_room(struct buf *b, size_t n)
 
 static inline void buf_free(struct buf *b)
 {
-        free(b->bytes);
+        block_free(b->bytes);
         *b = (struct buf){0};
 }
 
@@ -58,7 +58,7 @@ static inline void buf_empty(struct buf *b)
 {
         b->head = 0;
         if (b->cap > 4096) {
-                free(b->bytes);
+                block_free(b->bytes);
                 b->bytes = NULL;
                 b->cap = 0;
         }

@@ -55,10 +55,10 @@ _Static_assert(STREAM_QUEUE <= LOOP_SCRATCH, "load() reads a whole queue into th
 
 static struct flow *flow_new(struct worker *w, struct pod *p, enum flow_way way)
 {
-        struct flow *f = calloc(1, sizeof(*f));
+        struct flow *f = block_zero(sizeof(*f));
         struct seat *seat = seat_of_workload(w, p->workload);
         if (!f || !seat) {
-                free(f);
+                block_free(f);
                 return NULL;
         }
         f->w = w;
@@ -202,9 +202,9 @@ static void flow_end(struct flow *f, enum event_flag flag, const char *why)
                 event_sockets(w->ev, f->way == WAY_OUTBOUND ? EVENT_SOURCE : EVENT_DESTINATION, -1);
         struct pod *in = f->target ? f->target : f->pod;
         if (f->tuple_src)
-                pod_tuple_remove(f->pod, &f->src);
+                pod_tuple_remove(f->pod, &f->src, false);
         if (f->tuple_own)
-                pod_tuple_remove(in, &f->own);
+                pod_tuple_remove(in, &f->own, true);
         side_close(f, &f->a, flag != FLAG_NONE);
         side_close(f, &f->b, flag != FLAG_NONE);
         struct link *links[] = {&f->seat, &f->ready, &f->wait, &f->member, &f->judged, &f->owed};
@@ -247,8 +247,8 @@ static void flow_free(struct flow *f)
         pod_unref(f->target);
         char *texts[] = {f->authority, f->service_host, f->service_name, f->service_namespace, f->method, f->peer};
         for (unsigned i = 0; i < sizeof(texts) / sizeof(*texts); i++)
-                free(texts[i]);
-        free(f);
+                block_free(texts[i]);
+        block_free(f);
 }
 
 bool conn_free_dead(struct worker *w, bool idle)
@@ -332,7 +332,7 @@ static void count_open(struct flow *f, enum event_reporter reporter, const struc
 
 static char *copy(const char *text)
 {
-        return text && *text ? strdup(text) : NULL;
+        return text && *text ? block_text(text) : NULL;
 }
 
 #define PORT_TRIES 16
@@ -348,7 +348,7 @@ static int connect_plain(struct flow *f, struct pod *in, const struct endpoint *
                         return -EADDRNOTAVAIL;
                 fd = pod_connect(in, &source, to, AIM_APPLICATION);
                 if (fd < 0) {
-                        pod_tuple_remove(in, &source);
+                        pod_tuple_remove(in, &source, true);
                 } else {
                         f->own = source;
                         f->tuple_own = true;
@@ -445,7 +445,7 @@ static void denied(struct flow *f, const struct pod *at, const struct workload *
                               .policy = v->policy,
                               .reason = rbac_text(v, reason, sizeof(reason)),
                               .workload = dst};
-        denials_add(f->w->engine->denials, &what);
+        denials_add(f->w->engine->denials, f->w->index, &what);
         if (cut)
                 snprintf(why, sizeof(why), "connection closed due to policy change");
         else
@@ -470,7 +470,7 @@ static bool dry_ran(struct flow *f, const struct workload *dst, const char *poli
         f->dry_run = which;
         if (!news)
                 return false;
-        denials_dry_run(w->engine->denials, policy, dst);
+        denials_dry_run(w->engine->denials, w->index, policy, dst);
         if (event_log_room(w->engine->event, w->ev))
                 event_log(w->engine->event, w->ev, "info",
                           "dry run would deny src.addr=%s%s%.255s%s dst.addr=%s dst.workload=\"%.255s\" "
@@ -642,7 +642,7 @@ static void go_hbone(struct flow *f, const struct workload *own, const struct ro
 {
         char authority[ENDPOINT_STRLEN];
         f->by_hbone = true;
-        f->authority = strdup(endpoint_format(&r->target, authority));
+        f->authority = block_text(endpoint_format(&r->target, authority));
         f->hop = r->next_hop;
         count_open(f, EVENT_SOURCE, own, r->dst, f->pod->identity, r->dst->identity, true);
         if (!f->authority) {
@@ -939,6 +939,7 @@ static void count_bytes(struct flow *f, const struct side *from, size_t n)
         else
                 f->received += n;
         f->last_ms = f->w->now_ms;
+        f->w->moved += n;
 }
 
 /* Socket to socket. Returns bytes moved, or -1 when the flow is dead. */
@@ -1256,7 +1257,7 @@ struct flow *flow_from_stream(struct tun *t, int32_t stream)
         f->state = FLOW_WAITING;
         f->src = t->remote;
         f->dst = t->local;
-        f->peer = strdup(t->peer);
+        f->peer = block_text(t->peer);
         f->a.kind = SIDE_STREAM;
         f->a.tun = t;
         f->a.stream = stream;
@@ -1323,8 +1324,8 @@ void flow_request(struct flow *f)
 
 void flow_tunnel_open(struct flow *f, struct tun *t)
 {
-        free(f->peer);
-        f->peer = strdup(t->peer);
+        block_free(f->peer);
+        f->peer = block_text(t->peer);
         f->state = FLOW_ASKED;
         f->early = t->early;
         if (f->early)
@@ -1344,7 +1345,7 @@ static void told_denied(struct flow *f)
                               .identity = f->pod->identity,
                               .policy = "",
                               .reason = "denied by the destination (http status 401)"};
-        denials_add(f->w->engine->denials, &what);
+        denials_add(f->w->engine->denials, f->w->index, &what);
 }
 
 void flow_answer(struct flow *f, int status)
@@ -1388,10 +1389,10 @@ static bool retry(struct flow *f)
         if (r.kind != ROUTE_HBONE || f->a.io.fd < 0)
                 return false;
         char authority[ENDPOINT_STRLEN];
-        char *text = strdup(endpoint_format(&r.target, authority));
+        char *text = block_text(endpoint_format(&r.target, authority));
         if (!text)
                 return false;
-        free(f->authority);
+        block_free(f->authority);
         f->authority = text;
         f->hop = r.next_hop;
         f->retried = true;

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Theory of operation. A ring of the last LAST denials and a table of counters, both of fixed size and made once, under
- * one mutex: only connections that are denied come here (and those of which a dry run says so), the others never.
- * Nobody holds the mutex for longer than a copy; texts are made from copies. A counter that was not used for 15 minutes
- * gives its place to another when the table is full; what finds no place even so counts as policy "overflow".
+ * Theory of operation. For each worker a ring of its last LAST denials and a table of counters, both of fixed size and
+ * made once, under a mutex of that worker's that only readers want too: workers do not meet here. Only connections that
+ * are denied come (and those of which a dry run says so), the others never. Nobody holds the mutex for longer than a
+ * copy; texts are made from copies, which are put together then. A counter that was not used for 15 minutes gives its
+ * place to another when the table is full; what finds no place even so counts as policy "overflow".
  */
 #include "denial.h"
 #include "intern.h"
@@ -32,11 +33,17 @@ struct counter {
         char policy[256], workload[128], namespace_[64];
 };
 
-struct denials {
+struct writer {
         pthread_mutex_t lock;
-        uint64_t seed, count; /* of entries ever */
+        uint64_t count; /* of entries ever */
         struct entry last[LAST];
         struct counter counters[COUNTERS + 1]; /* the last one: overflow */
+};
+
+struct denials {
+        uint64_t seed;
+        unsigned writers;
+        struct writer writer[];
 };
 
 static void copy(char *to, size_t n, const char *from)
@@ -55,14 +62,14 @@ static int64_t seconds(void)
 }
 
 /* The lock is held. */
-static struct counter *counter_of(struct denials *d, const char *policy, const struct workload *w)
+static struct counter *counter_of(struct writer *d, uint64_t seed, const char *policy, const struct workload *w)
 {
         struct counter key = {0};
         int64_t now = seconds();
         copy(key.policy, sizeof(key.policy), policy);
         copy(key.workload, sizeof(key.workload), w ? w->workload_name : "unknown");
         copy(key.namespace_, sizeof(key.namespace_), w ? w->namespace_ : "unknown");
-        key.hash = hash_bytes(key.policy, sizeof(key) - offsetof(struct counter, policy), d->seed) | 1;
+        key.hash = hash_bytes(key.policy, sizeof(key) - offsetof(struct counter, policy), seed) | 1;
         struct counter *room = NULL, *found = NULL;
         for (unsigned i = 0; i < PROBES && !found; i++) {
                 struct counter *c = &d->counters[(key.hash + i) % COUNTERS];
@@ -84,8 +91,9 @@ static struct counter *counter_of(struct denials *d, const char *policy, const s
         return found;
 }
 
-void denials_add(struct denials *d, const struct denial *what)
+void denials_add(struct denials *all, unsigned writer, const struct denial *what)
 {
+        struct writer *d = &all->writer[writer];
         struct timespec now;
         clock_gettime(CLOCK_REALTIME, &now);
         pthread_mutex_lock(&d->lock);
@@ -100,14 +108,15 @@ void denials_add(struct denials *d, const struct denial *what)
         copy(e->policy, sizeof(e->policy), what->policy);
         copy(e->reason, sizeof(e->reason), what->reason);
         if (!what->outbound)
-                counter_of(d, what->policy, what->workload)->denied++;
+                counter_of(d, all->seed, what->policy, what->workload)->denied++;
         pthread_mutex_unlock(&d->lock);
 }
 
-void denials_dry_run(struct denials *d, const char *policy, const struct workload *w)
+void denials_dry_run(struct denials *all, unsigned writer, const char *policy, const struct workload *w)
 {
+        struct writer *d = &all->writer[writer];
         pthread_mutex_lock(&d->lock);
-        counter_of(d, policy, w)->dry_run++;
+        counter_of(d, all->seed, policy, w)->dry_run++;
         pthread_mutex_unlock(&d->lock);
 }
 
@@ -154,13 +163,13 @@ static int finish(FILE *out, int fd, char **text, const size_t *len)
         return result;
 }
 
-static void family(FILE *out, const char *name, const char *help, const struct counter *all, bool dry_run)
+static void family(FILE *out, const char *name, const char *help, const struct counter *all, size_t n, bool dry_run)
 {
         fprintf(out, "# HELP %s %s\n# TYPE %s counter\n", name, help, name);
-        for (unsigned i = 0; i <= COUNTERS; i++) {
+        for (size_t i = 0; i < n; i++) {
                 const struct counter *c = &all[i];
-                uint64_t n = dry_run ? c->dry_run : c->denied;
-                if (!c->hash || !n)
+                uint64_t value = dry_run ? c->dry_run : c->denied;
+                if (!value)
                         continue;
                 fprintf(out, "%s{policy=", name);
                 quoted(out, c->policy);
@@ -168,52 +177,101 @@ static void family(FILE *out, const char *name, const char *help, const struct c
                 quoted(out, c->workload);
                 fputs(",destination_workload_namespace=", out);
                 quoted(out, c->namespace_);
-                fprintf(out, "} %llu\n", (unsigned long long)n);
+                fprintf(out, "} %llu\n", (unsigned long long)value);
         }
+}
+
+static int by_key(const void *a, const void *b)
+{
+        const struct counter *x = a, *y = b;
+        if (x->hash != y->hash)
+                return x->hash < y->hash ? -1 : 1;
+        return memcmp(x->policy, y->policy, sizeof(*x) - offsetof(struct counter, policy));
+}
+
+/* The counters of all writers, those of one key as one; the caller's. */
+static struct counter *gather(struct denials *d, size_t *n)
+{
+        struct counter *all = must_alloc(d->writers * sizeof(d->writer->counters));
+        size_t have = 0;
+        for (unsigned i = 0; i < d->writers; i++) {
+                struct writer *w = &d->writer[i];
+                pthread_mutex_lock(&w->lock);
+                for (unsigned k = 0; k <= COUNTERS; k++)
+                        if (w->counters[k].hash)
+                                all[have++] = w->counters[k];
+                pthread_mutex_unlock(&w->lock);
+        }
+        qsort(all, have, sizeof(*all), by_key);
+        *n = 0;
+        for (size_t i = 0; i < have; i++) {
+                if (*n && by_key(&all[*n - 1], &all[i]) == 0) {
+                        all[*n - 1].denied += all[i].denied;
+                        all[*n - 1].dry_run += all[i].dry_run;
+                } else {
+                        all[(*n)++] = all[i];
+                }
+        }
+        return all;
 }
 
 int denials_metrics(struct denials *d, int fd)
 {
-        struct counter *all = must_alloc(sizeof(d->counters));
         char *text = NULL;
-        size_t len = 0;
+        size_t len = 0, n;
         FILE *out = open_memstream(&text, &len);
-        if (!out) {
-                free(all);
+        if (!out)
                 return -errno;
-        }
-        pthread_mutex_lock(&d->lock);
-        memcpy(all, d->counters, sizeof(d->counters));
-        pthread_mutex_unlock(&d->lock);
-        for (unsigned i = 0; i <= COUNTERS; i++) {
+        struct counter *all = gather(d, &n);
+        for (size_t i = 0; i < n; i++) {
                 whole(all[i].policy);
                 whole(all[i].workload);
                 whole(all[i].namespace_);
         }
-        family(out, "sidestep_policy_denied_total", "Connections denied or cut, by the policy that did.", all, false);
-        family(out, "sidestep_policy_dry_run_denied_total", "Connections that a dry run would have denied.", all, true);
+        family(out, "sidestep_policy_denied_total", "Connections denied or cut, by the policy that did.", all, n,
+               false);
+        family(out, "sidestep_policy_dry_run_denied_total", "Connections that a dry run would have denied.", all, n,
+               true);
         free(all);
         return finish(out, fd, &text, &len);
 }
 
+struct told {
+        unsigned writer;
+        uint64_t nth; /* of that writer */
+        struct entry entry;
+};
+
+static int by_time(const void *a, const void *b)
+{
+        const struct told *x = a, *y = b;
+        if (x->entry.time_ms != y->entry.time_ms)
+                return x->entry.time_ms < y->entry.time_ms ? -1 : 1;
+        if (x->writer != y->writer)
+                return x->writer < y->writer ? -1 : 1;
+        return x->nth < y->nth ? -1 : 1;
+}
+
 int denials_dump(struct denials *d, int fd)
 {
-        struct entry *all = must_alloc(sizeof(d->last));
         char *text = NULL, ip[ENDPOINT_STRLEN];
-        size_t len = 0;
+        size_t len = 0, n = 0;
         FILE *out = open_memstream(&text, &len);
-        if (!out) {
-                free(all);
+        if (!out)
                 return -errno;
+        struct told *all = must_alloc(d->writers * LAST * sizeof(*all));
+        for (unsigned i = 0; i < d->writers; i++) {
+                struct writer *w = &d->writer[i];
+                pthread_mutex_lock(&w->lock);
+                for (uint64_t k = w->count > LAST ? w->count - LAST : 0; k < w->count; k++)
+                        all[n++] = (struct told){.writer = i, .nth = k, .entry = w->last[k % LAST]};
+                pthread_mutex_unlock(&w->lock);
         }
-        pthread_mutex_lock(&d->lock);
-        uint64_t count = d->count;
-        memcpy(all, d->last, sizeof(d->last));
-        pthread_mutex_unlock(&d->lock);
+        qsort(all, n, sizeof(*all), by_time);
         fputc('[', out);
-        uint64_t first = count > LAST ? count - LAST : 0;
-        for (uint64_t i = first; i < count; i++) {
-                struct entry *e = &all[i % LAST];
+        size_t first = n > LAST ? n - LAST : 0;
+        for (size_t i = first; i < n; i++) {
+                struct entry *e = &all[i].entry;
                 fprintf(out, "%s\n{\"time_ms\":%llu,\"direction\":\"%s\"", i != first ? "," : "",
                         (unsigned long long)e->time_ms, e->outbound ? "outbound" : "inbound");
                 struct {
@@ -234,14 +292,19 @@ int denials_dump(struct denials *d, int fd)
         return finish(out, fd, &text, &len);
 }
 
-struct denials *denials_new(void)
+struct denials *denials_new(unsigned writers)
 {
-        struct denials *d = must_alloc(sizeof(*d)); /* its pages are touched when they are used */
-        pthread_mutex_init(&d->lock, NULL);
+        /* its pages are touched when they are used */
+        struct denials *d = must_alloc(sizeof(*d) + writers * sizeof(*d->writer));
         d->seed = hash_seed();
-        copy(d->counters[COUNTERS].policy, sizeof(d->counters[COUNTERS].policy), "overflow");
-        copy(d->counters[COUNTERS].workload, sizeof(d->counters[COUNTERS].workload), "overflow");
-        copy(d->counters[COUNTERS].namespace_, sizeof(d->counters[COUNTERS].namespace_), "overflow");
+        d->writers = writers;
+        for (unsigned i = 0; i < writers; i++) {
+                struct counter *overflow = &d->writer[i].counters[COUNTERS];
+                pthread_mutex_init(&d->writer[i].lock, NULL);
+                copy(overflow->policy, sizeof(overflow->policy), "overflow");
+                copy(overflow->workload, sizeof(overflow->workload), "overflow");
+                copy(overflow->namespace_, sizeof(overflow->namespace_), "overflow");
+        }
         return d;
 }
 
@@ -249,6 +312,7 @@ void denials_free(struct denials *d)
 {
         if (!d)
                 return;
-        pthread_mutex_destroy(&d->lock);
+        for (unsigned i = 0; i < d->writers; i++)
+                pthread_mutex_destroy(&d->writer[i].lock);
         free(d);
 }

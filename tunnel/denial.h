@@ -16,12 +16,13 @@ struct denial {
         const struct workload *workload;        /* the destination's record, for the counter; may be NULL */
 };
 
-struct denials *denials_new(void);
+/* writers: the engine's workers, and one more for all other threads. */
+struct denials *denials_new(unsigned writers);
 void denials_free(struct denials *d);
-/* Callable from any thread; never waits longer than it takes to copy. */
-void denials_add(struct denials *d, const struct denial *what);
+/* writer: a worker's index. Waits for nobody but a reader, no longer than a copy takes. */
+void denials_add(struct denials *d, unsigned writer, const struct denial *what);
 /* A dry run would have denied: counted only. */
-void denials_dry_run(struct denials *d, const char *policy, const struct workload *w);
+void denials_dry_run(struct denials *d, unsigned writer, const char *policy, const struct workload *w);
 /* sidestep_policy_denied_total and sidestep_policy_dry_run_denied_total as Prometheus text. */
 int denials_metrics(struct denials *d, int fd);
 /* A JSON array, the newest last. */

@@ -18,10 +18,12 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include "block.h"
 #include "conn.h"
 #include "denial.h"
 #include "gcm.h"
 #include "hbone.h"
+#include "intern.h"
 #include "pod.h"
 #include "rbac.h"
 #include "state.h"
@@ -45,6 +47,7 @@ int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg)
         if (!t)
                 return result;
         signal(SIGPIPE, SIG_IGN);
+        blocks_for_openssl();
         t->config = *cfg;
         if (!t->config.pod_budget)
                 t->config.pod_budget = 64ull << 20;
@@ -59,7 +62,7 @@ int tunnel_new(struct tunnel **out, const struct tunnel_config *cfg)
         getrlimit(RLIMIT_NOFILE, &files);
         atomic_init(&t->fd_limit, files.rlim_cur / 10 * 9);
         atomic_init(&t->fds, 64);
-        t->denials = denials_new();
+        t->denials = denials_new(t->nworkers + 1);
         if ((result = netns_remember()) < 0 || (result = mesh_new(&t->mesh, t->nworkers)) < 0 ||
             (result = event_new(&t->event, t->nworkers + 1, cfg->log_fd)) < 0) /* the last: what no worker counts */
                 goto fail;
@@ -269,7 +272,6 @@ static int pod_new(struct pod **out, const struct tunnel_pod *d, int netns, int 
                 return -ENOMEM;
         atomic_init(&p->refs, 1);
         link_init(&p->link);
-        pthread_mutex_init(&p->lock, NULL);
         p->netns = p->engine_sk = p->listeners_map = -1;
         for (int r = 0; r < ROLES; r++)
                 for (int i = 0; i < MAX_WORKERS; i++)
@@ -281,6 +283,7 @@ static int pod_new(struct pod **out, const struct tunnel_pod *d, int netns, int 
         p->workload = strdup(d->workload);
         p->identity = strdup(d->identity);
         p->tuples = calloc(POD_TUPLES, sizeof(*p->tuples));
+        p->tuple_seed = hash_seed();
         p->netns_cookie = d->netns_cookie;
         p->netns_ino = d->netns_ino;
         int result = -ENOMEM;
@@ -295,10 +298,6 @@ static int pod_new(struct pod **out, const struct tunnel_pod *d, int netns, int 
         *out = p;
         return 0;
 fail:
-        if (!p->tuples)
-                p->tuples = calloc(POD_TUPLES, sizeof(*p->tuples));
-        if (!p->tuples)
-                abort();
         pod_unref(p);
         return result;
 }

@@ -224,7 +224,7 @@ static int on_header(nghttp2_session *h2, const nghttp2_frame *frame, const uint
         if (t->server && frame->headers.cat == NGHTTP2_HCAT_REQUEST) {
                 char **to = is(name, nn, ":authority") ? &f->authority : is(name, nn, ":method") ? &f->method : NULL;
                 if (to && !*to)
-                        *to = strndup((const char *)value, nv);
+                        *to = block_text_n((const char *)value, nv);
         } else if (!t->server && frame->headers.cat == NGHTTP2_HCAT_RESPONSE && is(name, nn, ":status")) {
                 flow_answer(f, nv == 3 ? (value[0] - '0') * 100 + (value[1] - '0') * 10 + value[2] - '0' : 0);
         }
@@ -324,6 +324,30 @@ static int on_not_sent(nghttp2_session *h2, const nghttp2_frame *frame, int erro
         return 0;
 }
 
+static void *h2_new(size_t n, void *arg)
+{
+        (void)arg;
+        return block_new(n);
+}
+
+static void h2_free(void *block, void *arg)
+{
+        (void)arg;
+        block_free(block);
+}
+
+static void *h2_zero(size_t n, size_t size, void *arg)
+{
+        (void)arg;
+        return size && n > SIZE_MAX / size ? NULL : block_zero(n * size);
+}
+
+static void *h2_grow(void *block, size_t n, void *arg)
+{
+        (void)arg;
+        return block_grow(block, n);
+}
+
 static int start_h2(struct tun *t)
 {
         static const nghttp2_settings_entry common[] = {
@@ -336,6 +360,10 @@ static int start_h2(struct tun *t)
         settings[3] = t->server ? (nghttp2_settings_entry){NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, TUN_STREAMS_SERVER}
                                 : (nghttp2_settings_entry){NGHTTP2_SETTINGS_ENABLE_PUSH, 0};
         settings[4] = (nghttp2_settings_entry){SETTINGS_EARLY, 1};
+        static nghttp2_mem memory = {.malloc = h2_new,
+                                     .free = h2_free,
+                                     .calloc = h2_zero,
+                                     .realloc = h2_grow}; /* not const in the library */
         nghttp2_session_callbacks *callbacks = NULL;
         nghttp2_option *option = NULL;
         int result = -ENOMEM;
@@ -354,8 +382,8 @@ static int start_h2(struct tun *t)
         /* the library's own limiter would end a tunnel after 1000 resets of well-behaved applications; ours is
          * EARLY_RESETS */
         nghttp2_option_set_stream_reset_rate_limit(option, UINT64_MAX / 2, UINT64_MAX / 2);
-        if ((t->server ? nghttp2_session_server_new2 : nghttp2_session_client_new2)(&t->h2, callbacks, t, option) !=
-                    0 ||
+        if ((t->server ? nghttp2_session_server_new3 : nghttp2_session_client_new3)(&t->h2, callbacks, t, option,
+                                                                                    &memory) != 0 ||
             nghttp2_submit_settings(t->h2, NGHTTP2_FLAG_NONE, settings, t->server ? 5 : 4) != 0 ||
             nghttp2_session_set_local_window_size(t->h2, NGHTTP2_FLAG_NONE, 0, CONNECTION_WINDOW) != 0)
                 goto out;
@@ -843,6 +871,14 @@ static nghttp2_nv header(const char *name, const char *value)
         return (nghttp2_nv){(uint8_t *)name, (uint8_t *)value, strlen(name), strlen(value), NGHTTP2_NV_FLAG_NONE};
 }
 
+/* Of another value each time: it would only push others out of the table of headers. */
+static nghttp2_nv once(const char *name, const char *value)
+{
+        nghttp2_nv nv = header(name, value);
+        nv.flags = NGHTTP2_NV_FLAG_NO_INDEX;
+        return nv;
+}
+
 int tun_submit(struct tun *t, struct flow *f)
 {
         char forwarded[ENDPOINT_STRLEN + 300], traceparent[64], baggage[512], client[ENDPOINT_STRLEN];
@@ -862,8 +898,8 @@ int tun_submit(struct tun *t, struct flow *f)
                  (unsigned long long)loop_random(t->w));
         flow_baggage(f, baggage, sizeof(baggage));
         nghttp2_nv headers[] = {
-                header(":method", "CONNECT"),   header(":authority", f->authority), header("baggage", baggage),
-                header("forwarded", forwarded), header("traceparent", traceparent),
+                header(":method", "CONNECT"), header(":authority", f->authority), header("baggage", baggage),
+                once("forwarded", forwarded), once("traceparent", traceparent),
         };
         nghttp2_data_provider provider = {.source.ptr = f, .read_callback = on_read_data};
         int32_t id = nghttp2_submit_request(t->h2, NULL, headers, sizeof(headers) / sizeof(*headers), &provider, f);

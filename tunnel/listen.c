@@ -24,6 +24,7 @@
 #include <sys/random.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include "intern.h"
 #include "pod.h"
 
 #define ENGINE_MARK 0x539
@@ -343,14 +344,12 @@ void pod_unref(struct pod *p)
         for (unsigned i = 0; i < 3; i++)
                 if (fds[i] >= 0)
                         close(fds[i]);
-        for (int i = 0; i < POD_TUPLES; i++)
-                while (p->tuples[i]) {
-                        struct tuple *t = p->tuples[i];
-                        p->tuples[i] = t->next;
+        for (int i = 0; p->tuples && i < POD_TUPLES; i++)
+                for (struct tuples *t = p->tuples[i].next, *next; t; t = next) {
+                        next = t->next;
                         free(t);
                 }
         free(p->tuples);
-        pthread_mutex_destroy(&p->lock);
         char *texts[] = {p->uid, p->namespace_, p->name, p->service_account, p->workload, p->identity};
         for (unsigned i = 0; i < sizeof(texts) / sizeof(*texts); i++)
                 free(texts[i]);
@@ -372,73 +371,94 @@ bool pod_owns_port(const struct pod *p, uint16_t port)
 
 /* -- tuples ------------------------------------------------------------------------------------------------------- */
 
-static struct tuple **bucket(struct pod *p, const struct endpoint *e)
+/*
+ * What one worker notes all of them see, at once and without a lock. A tuple is a mark: a hash of its address and port
+ * with the pod's secret seed, 63 bits of it, and whose it is. Two tuples of one mark are not to be expected in the life
+ * of a cluster, nor to be made by whoever does not know the seed. A bucket is a list of cache lines; a mark is put into
+ * a free place and taken out of its place by compare and exchange, and lines are only ever added: there are as many as
+ * there were connections at once, 9 bytes each, until the pod goes.
+ */
+static uint64_t mark_of(const struct pod *p, const struct endpoint *e, bool own)
 {
-        uint32_t h = 2166136261u ^ e->port;
-        for (int i = 0; i < 16; i++)
-                h = (h ^ e->addr.ip[i]) * 16777619u;
-        return &p->tuples[h % POD_TUPLES];
+        uint8_t key[18];
+        memcpy(key, e->addr.ip, 16);
+        memcpy(key + 16, &e->port, 2);
+        uint64_t h = hash_bytes(key, sizeof(key), p->tuple_seed) & ~1ull;
+        return (h ? h : 2) | own;
 }
 
-static struct tuple *find(struct pod *p, const struct endpoint *e)
+static struct tuples *bucket(struct pod *p, uint64_t mark)
 {
-        struct tuple *t = *bucket(p, e);
-        while (t && (t->end.port != e->port || !addr_equal(&t->end.addr, &e->addr)))
-                t = t->next;
-        return t;
+        return &p->tuples[(mark >> 1) % POD_TUPLES];
 }
 
-static void add_locked(struct pod *p, const struct endpoint *e, bool own)
+#define PLACES (sizeof(((struct tuples *)0)->mark) / sizeof(((struct tuples *)0)->mark[0]))
+
+static unsigned count_of(struct pod *p, uint64_t mark)
 {
-        struct tuple *t = calloc(1, sizeof(*t)), **b = bucket(p, e);
-        if (!t)
-                return; /* then a lost tag is not recognised; the connection is refused elsewhere for want of identity
-                         */
-        *t = (struct tuple){.next = *b, .end = *e, .own = own};
-        *b = t;
+        unsigned n = 0;
+        for (struct tuples *t = bucket(p, mark); t; t = atomic_load(&t->next))
+                for (unsigned i = 0; i < PLACES; i++)
+                        n += atomic_load(&t->mark[i]) == mark;
+        return n;
+}
+
+/* One such mark becomes another in its place: none, or from none. false: there was none, to the last line. */
+static bool exchange(struct tuples *t, uint64_t from, uint64_t to, struct tuples **last)
+{
+        for (; t; *last = t, t = atomic_load(&t->next))
+                for (unsigned i = 0; i < PLACES; i++) {
+                        uint64_t is = from;
+                        if (atomic_load(&t->mark[i]) == from && atomic_compare_exchange_strong(&t->mark[i], &is, to))
+                                return true;
+                }
+        return false;
+}
+
+static void add_mark(struct pod *p, uint64_t mark)
+{
+        struct tuples *last = NULL, *more = NULL;
+        while (!exchange(last ? last : bucket(p, mark), 0, mark, &last)) {
+                if (!more && !(more = calloc(1, sizeof(*more))))
+                        return; /* then a lost tag is not recognised; the connection is refused elsewhere for want of
+                                   identity */
+                struct tuples *none = NULL;
+                if (atomic_compare_exchange_strong(&last->next, &none, more))
+                        more = NULL;
+        }
+        free(more);
 }
 
 void pod_tuple_add(struct pod *p, const struct endpoint *e, bool own)
 {
-        pthread_mutex_lock(&p->lock);
-        add_locked(p, e, own);
-        pthread_mutex_unlock(&p->lock);
+        add_mark(p, mark_of(p, e, own));
 }
 
-void pod_tuple_remove(struct pod *p, const struct endpoint *e)
+void pod_tuple_remove(struct pod *p, const struct endpoint *e, bool own)
 {
-        pthread_mutex_lock(&p->lock);
-        for (struct tuple **t = bucket(p, e); *t; t = &(*t)->next)
-                if ((*t)->end.port == e->port && addr_equal(&(*t)->end.addr, &e->addr)) {
-                        struct tuple *gone = *t;
-                        *t = gone->next;
-                        free(gone);
-                        break;
-                }
-        pthread_mutex_unlock(&p->lock);
+        struct tuples *last;
+        uint64_t mark = mark_of(p, e, own);
+        exchange(bucket(p, mark), mark, 0, &last);
 }
 
 bool pod_tuple_is_own(struct pod *p, const struct endpoint *e)
 {
-        pthread_mutex_lock(&p->lock);
-        struct tuple *t = find(p, e);
-        bool own = t && t->own;
-        pthread_mutex_unlock(&p->lock);
-        return own;
+        return count_of(p, mark_of(p, e, true)) > 0;
 }
 
 uint16_t pod_tuple_port(struct pod *p, const struct addr *client, uint64_t random)
 {
         struct endpoint e = {.addr = *client};
-        uint16_t found = 0;
-        pthread_mutex_lock(&p->lock);
-        for (unsigned i = 0; i < 256 && !found; i++) {
+        for (unsigned i = 0; i < 256; i++) {
                 e.port = (uint16_t)(SPOOF_FIRST + (random + i * 7919) % (SPOOF_LAST - SPOOF_FIRST));
-                if (!find(p, &e))
-                        found = e.port;
+                uint64_t ours = mark_of(p, &e, true), theirs = mark_of(p, &e, false);
+                if (count_of(p, ours) || count_of(p, theirs))
+                        continue;
+                /* first noted, then looked at again: of two workers that choose the same at once none has it */
+                add_mark(p, ours);
+                if (count_of(p, ours) == 1 && !count_of(p, theirs))
+                        return e.port;
+                pod_tuple_remove(p, &e, true);
         }
-        if (found)
-                add_locked(p, &e, true);
-        pthread_mutex_unlock(&p->lock);
-        return found;
+        return 0;
 }

@@ -98,7 +98,12 @@ struct worker {
         bool look_again;
         struct link stale; /* seats with connections to judge anew */
         struct event_worker *ev;
-        uint64_t now_ms, random;
+        uint64_t now_ms, busy_ms, random; /* busy_ms: when events came last */
+        /* Whether to look before a sleep: see loop.c. Of this turn: flows that were run, bytes that they moved. */
+        int keen, ran;
+        size_t moved;
+        int64_t credit_ns; /* CPU that it may spend on looking */
+        uint64_t cpu_ns;   /* its own, when it looked last */
 
         struct link seats[LOOP_HASH]; /* by hash of the workload's uid */
         struct link identities[LOOP_HASH];
@@ -113,8 +118,7 @@ struct worker {
                 dead_listeners; /* freed at the end of a turn: events of this turn may still name them */
         struct link pool[LOOP_HASH];
 
-        pthread_mutex_t mail_lock;
-        struct mail *mail; /* newest first */
+        _Atomic(struct mail *) mail; /* newest first; anybody adds, the worker takes all */
 
         uint8_t *scratch; /* LOOP_SCRATCH bytes for one read */
 };

@@ -16,13 +16,12 @@ struct listener {
         struct link dead;
 };
 
-#define POD_TUPLES 4096 /* buckets */
+#define POD_TUPLES 512 /* buckets */
 
-/* Ends of connections in the pod's namespace that must not meet: see pod_tuple_*. */
-struct tuple {
-        struct tuple *next;
-        struct endpoint end;
-        bool own;
+/* Ends of connections in the pod's namespace that must not meet: see pod_tuple_*. One cache line of a bucket. */
+struct tuples {
+        atomic_uint_least64_t mark[7]; /* 0: free */
+        _Atomic(struct tuples *) next;
 };
 
 struct pod {
@@ -41,10 +40,11 @@ struct pod {
         atomic_int mode;
         atomic_bool complete; /* once everything that decides about its connections was there */
         atomic_uint_least64_t connections, held, buffered, last_ms;
+        atomic_bool vouched;    /* it gave its maps to vouch.c: connections of others need not ask there */
         unsigned outside;       /* allowances for destinations outside the mesh; vouch.c, under its lock */
         atomic_uint tunnels[8]; /* that have come here, by worker */
-        pthread_mutex_t lock;
-        struct tuple **tuples;
+        struct tuples *tuples;  /* POD_TUPLES of them, which more hang on */
+        uint64_t tuple_seed;
 };
 
 /* To be called once, before the first worker: the way back from the pods' namespaces. */
@@ -70,9 +70,10 @@ enum aim { AIM_APPLICATION, AIM_OUTSIDE, AIM_TUNNEL };
 int pod_connect(struct pod *p, const struct endpoint *source, const struct endpoint *to, enum aim aim);
 
 /* Tuples: (address, port) of each client of an open plaintext connection, and of each socket of the engine towards an
- * application. An accepted socket that comes from a tuple of our own is our own SYN whose tag was lost. */
+ * application. An accepted socket that comes from a tuple of our own is our own SYN whose tag was lost. All workers, no
+ * lock: see listen.c. */
 void pod_tuple_add(struct pod *p, const struct endpoint *e, bool own);
-void pod_tuple_remove(struct pod *p, const struct endpoint *e);
+void pod_tuple_remove(struct pod *p, const struct endpoint *e, bool own);
 bool pod_tuple_is_own(struct pod *p, const struct endpoint *e);
 /* A port for (client address) that no open connection of it has; 0: none found. Added as own. */
 uint16_t pod_tuple_port(struct pod *p, const struct addr *client, uint64_t random);
@@ -100,7 +101,6 @@ struct tunnel {
         atomic_bool whole; /* the agent has given all that it had to give */
         atomic_uint_least64_t fds, fd_limit, buffered;
         uint64_t started_s;
-        pthread_mutex_t settings_lock;
 };
 
 #endif

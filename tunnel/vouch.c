@@ -389,7 +389,7 @@ static void allowance_free(struct vouch *v, struct allowance *a, bool slot)
 {
         for (struct allowance **at = bucket(v, &a->src, &a->dst); *at; at = &(*at)->next)
                 if (*at == a) {
-                        *at = a->next;
+                        __atomic_store_n(at, a->next, __ATOMIC_RELEASE);
                         break;
                 }
         v->by_slot[a->slot] = NULL;
@@ -438,7 +438,7 @@ static struct allowance *allowance_new(struct vouch *v, uint32_t slot, const str
             !a->service)
                 abort(); /* one byte each */
         a->next = *at;
-        *at = a;
+        __atomic_store_n(at, a, __ATOMIC_RELEASE); /* vouch_is_late() looks without the lock */
         v->by_slot[slot] = a;
         a->outside = v->slots[slot].taken == VOUCH_OUTSIDE;
         if (a->outside)
@@ -530,7 +530,8 @@ static uint64_t until_ns(int64_t until_s, uint64_t now_ms)
 void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pair)
 {
         uint32_t slot;
-        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole) || pair->until_s <= (int64_t)time(NULL))
+        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole) || !atomic_load(&pair->source->vouched) ||
+            !atomic_load(&pair->target->vouched) || pair->until_s <= (int64_t)time(NULL))
                 return;
         pthread_mutex_lock(&v->lock);
         struct member *m = member_of(v, pair->source);
@@ -622,7 +623,7 @@ void vouch_allow_outside(struct vouch *v, struct worker *w, const struct vouch_o
 {
         uint32_t slot;
         char service[SERVICE_TEXT];
-        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole))
+        if (!atomic_load(&v->on) || !atomic_load(&v->engine->whole) || !atomic_load(&what->source->vouched))
                 return;
         pthread_mutex_lock(&v->lock);
         struct member *m = member_of(v, what->source);
@@ -709,8 +710,8 @@ static void tell_ended_outside(struct vouch *v, struct allowance *a, uint64_t cl
 
 bool vouch_is_late(struct vouch *v, const struct addr *src, const struct endpoint *dst)
 {
-        if (!atomic_load(&v->count))
-                return false;
+        if (!atomic_load(&v->count) || !__atomic_load_n(bucket(v, src, dst), __ATOMIC_ACQUIRE))
+                return false; /* nearly all of them: workers do not meet at the lock */
         pthread_mutex_lock(&v->lock);
         struct allowance *a = find(v, src, dst);
         bool late = a && !a->outside && a->alone && a->source && atomic_load(&a->source->mode) == TUNNEL_SERVING &&
@@ -1026,7 +1027,7 @@ static void tell_cut(struct vouch *v, struct allowance *a, const struct vouch_fl
                               .policy = policy,
                               .reason = reason,
                               .workload = view_workload(mesh_newest(v->engine->mesh), a->dst_uid)};
-        denials_add(v->engine->denials, &what);
+        denials_add(v->engine->denials, v->engine->nworkers, &what);
         event_log(v->engine->event, NULL, "error",
                   "connection complete src.addr=%s src.workload=\"%s\" src.namespace=\"%s\" dst.addr=%s "
                   "direction=native bytes_sent=%llu duration=\"%llums\" src.identity=\"%s\" dst.identity=\"%s\" "
@@ -1341,6 +1342,7 @@ int vouch_pod(struct vouch *v, struct pod *p, const int *fds)
         if (result == 0) {
                 m->next = v->members;
                 v->members = m;
+                atomic_store(&p->vouched, true);
                 verdicts_clear(m->verdicts); /* an engine's before this one: decided anew */
                 if (!look_at(v, p, m->fates, &s))
                         event_log(v->engine->event, NULL, "error",
@@ -1394,6 +1396,7 @@ void vouch_pod_gone(struct vouch *v, struct pod *p)
                 if ((*at)->pod == p) {
                         struct member *m = *at;
                         *at = m->next;
+                        atomic_store(&p->vouched, false);
                         close(m->verdicts);
                         close(m->fates);
                         free(m);

@@ -308,3 +308,18 @@ def test_two_pods_of_one_account_never_share_a_tunnel(tmp_path: Path) -> None:
                     client.sendall(b"x")
                     assert client.recv(1) == b"x"
         assert [request.peer for request in peer.requests] == [nodes[name].address(4) for name in ("one", "two", "one")]
+
+
+def test_tunnels_are_spread_over_the_workers(tmp_path: Path) -> None:
+    """Which worker accepts is the kernel's hash; which one keeps a tunnel is not."""
+    with Nodes(tmp_path, {"client": 0, "server": 1}, engines=(False, True), workers=2) as nodes, ExitStack() as stack:
+        nodes.publish()
+        client, server = nodes["client"], nodes["server"]
+        speaks = hbone_peer.context(nodes.authority.leaf(client.identity), server=False)
+        for _ in range(24):
+            tcp = connect(client.path, server.address(4), hbone_peer.PORT)
+            stack.enter_context(speaks.wrap_socket(tcp))
+        engine = nodes.clients[1]
+        assert engine is not None
+        workers = [tunnel["worker"] for tunnel in engine.dump("tunnels")]
+        assert sorted(workers) == [0] * 12 + [1] * 12
