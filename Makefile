@@ -9,6 +9,7 @@ STAMP_APT  := $(OUT)/.apt
 STAMP_VENV := $(OUT)/.venv
 CFLAGS_C   := -O2 -g -std=gnu11 -Wall -Wextra -Werror
 KEEP       ?=
+DEMO_ARGS  ?=
 FUZZ       ?= 20
 
 DEBIAN := build-essential clang-16 llvm-16 clang-format-16 libclang-rt-16-dev libbpf-dev bpftool libssl-dev libnghttp2-dev \
@@ -44,7 +45,7 @@ bpffs:
 	  { echo "setup: /sys/fs/bpf must be a bpffs, and only root can mount one" >&2; exit 1; }
 
 demo: setup
-	@.venv/bin/python -m examples.shop.demo $(if $(KEEP),--keep)
+	@.venv/bin/python -m examples.shop.demo $(if $(KEEP),--keep) $(DEMO_ARGS)
 
 check: build bpffs
 	@$(MAKE) --no-print-directory -f build.mk check CLANG=$(CLANG) PY=$(PY) OUT=$(OUT) CFLAGS_C="$(CFLAGS_C)" FUZZ=$(FUZZ)

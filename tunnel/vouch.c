@@ -87,8 +87,8 @@ struct allowance {
         struct pod *source, *target; /* NULL: not here (any more) */
         /* Of what may be gone; uids of workloads. "": not known. */
         char *src_uid, *dst_uid, *src_identity, *dst_identity, *src_name, *src_namespace;
-        char *service; /* outside: what is said of it */
-        uint64_t src_record, dst_record;
+        char *service;                            /* outside: what is said of it */
+        uint64_t src_record, dst_record, dry_run; /* dry_run: a hash, which one its open flows were told of; 0: none */
         uint64_t closed_ms, used_ms, until_s;
         struct event_set *set[2];
         uint64_t opened_before, told_opened, told_closed, told_sent, told_received;
@@ -1137,14 +1137,58 @@ static void finish(struct vouch *v, const bool *gone, const struct mesh_view *vi
         pthread_mutex_unlock(&v->look);
 }
 
+/* Whether a dry run would deny the pair that the flows of its slot were not told of. With the lock held. */
+static bool dry_ran(struct allowance *a, const struct rbac_verdict *verdict)
+{
+        const char *policy = verdict->allow ? verdict->dry_run : NULL;
+        uint64_t which = policy ? hash_bytes(policy, strlen(policy), 0) | 1 : 0;
+        bool news = which && which != a->dry_run;
+        a->dry_run = which;
+        return news;
+}
+
+/* One line and one more of the counter for each open flow that a dry run would deny, as for those that the engine
+ * carries. */
+static void tell_dry_run(struct vouch *v, const struct mesh_view *view, const bool *dry)
+{
+        struct sights s;
+        struct member *seen;
+        pthread_mutex_lock(&v->look);
+        look(v, &s, &seen);
+        pthread_mutex_lock(&v->lock);
+        for (size_t i = 0; i < s.n; i++) {
+                const struct vouch_flow *f = &s.at[i].flow;
+                struct allowance *a = f->slot < VOUCH_MAX_SLOTS ? v->by_slot[f->slot] : NULL;
+                const struct workload *dst = a ? view_workload(view, a->dst_uid) : NULL;
+                struct rbac_verdict verdict;
+                char src[ENDPOINT_STRLEN], to[ENDPOINT_STRLEN];
+                if (!dst || !dry[f->slot] || !f->opened)
+                        continue;
+                judge(v, view, a, &verdict);
+                if (!verdict.dry_run)
+                        continue;
+                struct endpoint from = {.addr = a->src, .port = f->local_port};
+                denials_dry_run(v->engine->denials, verdict.dry_run, dst);
+                event_log(v->engine->event, NULL, "info",
+                          "dry run would deny src.addr=%s src.identity=\"%.255s\" dst.addr=%s dst.workload=\"%.255s\" "
+                          "dst.namespace=\"%.255s\" policy=\"%.255s\"",
+                          endpoint_format(&from, src), a->src_identity, endpoint_format(&a->dst, to), dst->name,
+                          dst->namespace_, verdict.dry_run);
+        }
+        pthread_mutex_unlock(&v->lock);
+        forget(&s, seen);
+        pthread_mutex_unlock(&v->look);
+}
+
 void vouch_review(struct vouch *v)
 {
         const struct mesh_view *view = mesh_newest(v->engine->mesh);
-        bool some = false, *gone;
+        bool some = false, told = false, *gone, *dry;
         if (!atomic_load(&v->count))
                 return;
-        if (!(gone = calloc(VOUCH_MAX_SLOTS, sizeof(*gone))))
+        if (!(gone = calloc(2 * VOUCH_MAX_SLOTS, sizeof(*gone))))
                 abort(); /* what is denied must end */
+        dry = gone + VOUCH_MAX_SLOTS;
         pthread_mutex_lock(&v->lock);
         for (uint32_t i = 0; i < VOUCH_MAX_SLOTS; i++) {
                 struct allowance *a = v->by_slot[i];
@@ -1161,10 +1205,14 @@ void vouch_review(struct vouch *v)
                         shut(v, a);
                 if (now == CUTS && cut(v, a))
                         gone[i] = some = true;
+                if (dry_ran(a, &verdict))
+                        dry[i] = told = true;
         }
         pthread_mutex_unlock(&v->lock);
         if (some)
                 finish(v, gone, view);
+        if (told)
+                tell_dry_run(v, view, dry);
         free(gone);
 }
 

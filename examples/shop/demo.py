@@ -267,9 +267,9 @@ def table(shop: Shop, noun: str, rows: int = 9) -> None:
 
 
 @contextlib.contextmanager
-def lab(name: str, keep: bool) -> Iterator[Shop]:
+def lab(name: str, keep: bool, same_node: str | None) -> Iterator[Shop]:
     """The shop, opened and (unless kept) closed again, whatever happens."""
-    up = [SIDESTEP, "lab", "up", "--name", name, "--nodes", "2"]
+    up = [SIDESTEP, "lab", "up", "--name", name, "--nodes", "2", *(["--same-node", same_node] if same_node else [])]
     for manifest in sorted(HERE.glob("*.yaml")):
         up += ["-f", str(manifest)]
     try:
@@ -289,13 +289,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the shop running")
     parser.add_argument("--name", default="demo", help="name of the lab")
+    parser.add_argument("--same-node", choices=("direct", "native", "mtls"), help="as of `sidestep lab up`")
     args = parser.parse_args()
     if os.geteuid() != 0:
         print("demo: needs root (network namespaces, eBPF): run `sudo make demo`", file=sys.stderr)
         return 1
     started = time.monotonic()
     try:
-        with lab(args.name, args.keep) as shop:
+        with lab(args.name, args.keep, args.same_node) as shop:
             ready = time.monotonic()
             play(shop)
             say(

@@ -335,7 +335,11 @@ def _compare(words: Sequence[str]) -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     options = parser.parse_args(words)
-    return compare(options.old, options.new)
+    try:
+        return compare(options.old, options.new)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"bench: compare needs two reports (the JSON of a run): {error!r}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Labs with the same world, with the mesh and without: every claim about the wire has its control. What concerns one
-node also runs in a third, with acceleration there.
+"""Labs with the same world, with the mesh and without: every claim about the wire has its control. Those with the mesh
+are two, with acceleration off and on; a test that asks for `mesh` runs in both, which stand side by side to the end.
 """
 
 import os
@@ -23,8 +23,6 @@ def serve(c):
 while True:
     threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 """
-
-NATIVE = "--agent-arg=--same-node=native"
 
 POSTGRES = """
 set -eu
@@ -127,18 +125,25 @@ def _lab(name: str, manifests: Path, plain: bool, *options: str) -> Iterator[Lab
 
 
 @pytest.fixture(scope="session")
-def mesh(manifests: Path) -> Iterator[Lab]:
+def direct(manifests: Path) -> Iterator[Lab]:
     """The lab with the mesh; namespace `world` is not labelled at the start."""
-    yield from _lab("m", manifests, plain=False)
+    yield from _lab("m", manifests, False, "--same-node", "direct")
+
+
+@pytest.fixture(scope="session")
+def native(manifests: Path) -> Iterator[Lab]:
+    """The same with acceleration."""
+    yield from _lab("n", manifests, False, "--same-node", "native")
+
+
+@pytest.fixture(scope="session")
+def mesh(request: pytest.FixtureRequest, same_node: str) -> Lab:
+    """The lab with the mesh, with either setting."""
+    lab: Lab = request.getfixturevalue(same_node)
+    return lab
 
 
 @pytest.fixture(scope="session")
 def plain(manifests: Path) -> Iterator[Lab]:
     """The same lab without the mesh."""
     yield from _lab("p", manifests, plain=True)
-
-
-@pytest.fixture(scope="session")
-def native(manifests: Path) -> Iterator[Lab]:
-    """A third one, with the mesh and with acceleration between pods of one node."""
-    yield from _lab("n", manifests, False, NATIVE)

@@ -16,13 +16,17 @@ from tests.harness.lab import ROOT, SIDESTEP, everything_of
 DEMO = [sys.executable, "-m", "examples.shop.demo"]
 
 
-def demo(name: str, during: Callable[[str], None] = lambda line: None) -> tuple[int, str, str]:
-    """Runs the demo as make does; `during` sees each line as it comes. Exit status, what it showed, what it complained
-    about. The lab is gone afterwards, whatever happened.
+def demo(name: str, same_node: str, during: Callable[[str], None] = lambda line: None) -> tuple[int, str, str]:
+    """Runs the demo as make does, with the setting; `during` sees each line as it comes. Exit status, what it showed,
+    what it complained about. The lab is gone afterwards, whatever happened.
     """
     shown = []
     with subprocess.Popen(
-        [*DEMO, "--name", name], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*DEMO, "--name", name, "--same-node", same_node],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -44,8 +48,8 @@ def demo(name: str, during: Callable[[str], None] = lambda line: None) -> tuple[
 
 
 @pytest.mark.slow
-def test_it_shows_all_its_steps() -> None:
-    status, shown, said = demo(f"o{os.getpid() % 10000}")
+def test_it_shows_all_its_steps(same_node: str) -> None:
+    status, shown, said = demo(f"o{os.getpid() % 10000}", same_node)
     print(shown)
     assert (status, said) == (0, "")
     assert re.findall(r"^\(([a-z])\) ", shown, re.MULTILINE) == ["a", "b", "c", "d", "e"]
@@ -81,7 +85,7 @@ def test_it_fails_when_the_mesh_loses_something() -> None:
                         os.kill(node["processes"]["engine"]["pid"], signal.SIGKILL)
                         killed.append(node["processes"]["engine"]["pid"])
 
-    status, shown, said = demo(name, murder)
+    status, shown, said = demo(name, "direct", murder)
     print(shown, said)
     assert killed
     assert status == 1

@@ -124,20 +124,16 @@ def kill(lab: Lab, process: str, node: str = "") -> int:
 
 
 @pytest.mark.parametrize(
-    ("place", "target", "process", "node"),
+    ("target", "process", "node"),
     [
-        ("mesh", "server", "agent", "node1"),
-        ("mesh", "server", "agent", "node2"),
-        ("mesh", "server", "control", ""),
-        ("mesh", "near", "agent", "node1"),
-        ("native", "near", "agent", "node1"),
-        ("native", "near", "control", ""),
+        ("server", "agent", "node1"),
+        ("server", "agent", "node2"),
+        ("server", "control", ""),
+        ("near", "agent", "node1"),
+        ("near", "control", ""),
     ],
 )
-def test_killing_what_carries_no_traffic_changes_nothing(
-    request: pytest.FixtureRequest, place: str, target: str, process: str, node: str
-) -> None:
-    mesh: Lab = request.getfixturevalue(place)
+def test_killing_what_carries_no_traffic_changes_nothing(mesh: Lab, target: str, process: str, node: str) -> None:
     with loaded(mesh, target) as customers:
         engines = [pid(mesh, "engine", each) for each in ("node1", "node2")]
         kill(mesh, process, node)

@@ -22,7 +22,7 @@ import yaml
 
 from sidestep.cli.nodes import Node, find
 from sidestep.control import authority
-from tests.e2e.conftest import NATIVE, pod
+from tests.e2e.conftest import pod
 from tests.harness.authorities import with_intermediate
 from tests.harness.lab import LABEL, Lab, eventually
 
@@ -134,9 +134,10 @@ def serials(lab: Lab) -> dict[tuple[str, str], str]:
 
 
 SHORT = "--control-arg=--max-ttl-s=30"
+DIRECT, NATIVE = "--same-node=direct", "--same-node=native"
 
 
-@pytest.mark.parametrize("lab", [(SHORT,), (SHORT, NATIVE)], indirect=True, ids=["direct", "native"])
+@pytest.mark.parametrize("lab", [(SHORT, DIRECT), (SHORT, NATIVE)], indirect=True, ids=["direct", "native"])
 def test_leaves_are_renewed_under_load(lab: Lab) -> None:
     """Three generations of every leaf, each as long as half its life: what was verified with the first has ended."""
     load = Load(lab)
@@ -162,7 +163,7 @@ def test_leaves_are_renewed_under_load(lab: Lab) -> None:
         )
 
 
-@pytest.mark.parametrize("lab", [(), (NATIVE,)], indirect=True, ids=["direct", "native"])
+@pytest.mark.parametrize("lab", [(DIRECT,), (NATIVE,)], indirect=True, ids=["direct", "native"])
 def test_a_root_is_replaced_under_load(lab: Lab) -> None:
     def encoded(files: dict[str, str]) -> dict[str, str]:
         return {name: base64.b64encode(files.get(name, "").encode()).decode() for name in authority.FILES}

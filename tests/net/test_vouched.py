@@ -807,7 +807,29 @@ def test_what_changes_is_decided_anew(world: World, application: socket.socket, 
     if what == "label":
         world.nodes.apply(world.nodes.record(world.near, canonical_name="other"))
     elif what == "dry run":
+        port = plain(open_ends[0].getsockname())[1]
+        tried = 'sidestep_policy_dry_run_denied_total{policy="default/try"'
+        engine = world.nodes.engines[0]
+        assert engine is not None
+
+        def told() -> list[str]:
+            return [line for line in engine.log.read_text().splitlines() if "dry run would deny" in line]
+
+        def count() -> float:
+            found = [line for line in world.engine().metrics().splitlines() if line.startswith(tried)]
+            return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+        before = len(told())
+        world.set(policy("try", only(destinationPorts=[PORT + 1]), dryRun=True))
+        assert count() == 0  # the control: it would deny another port
         world.set(policy("try", [[]], dryRun=True))
+        assert count() == 1  # the one that is open is told of it, once
+        world.set(policy("beside", only(destinationPorts=[PORT + 1])))
+        assert count() == 1
+        eventually("its line", lambda: len(told()) > before)
+        (line,) = told()[before:]
+        assert line.partition("src.addr=")[2].partition(" ")[0].endswith(f":{port}")
+        assert f'src.identity="{world.client.identity}"' in line and 'policy="default/try"' in line
     elif what == "policy on its way":
         record = world.nodes.record(world.near)
         record.workload.authorization_policies.append("default/coming")
@@ -828,7 +850,7 @@ def test_what_changes_is_decided_anew(world: World, application: socket.socket, 
     talk(*open_ends)
     if what == "dry run":
         closed(*world.by_engine(application))
-        assert 'sidestep_policy_dry_run_denied_total{policy="default/try"' in world.engine().metrics()
+        assert count() == 3  # the two that the engine carried
     else:
         closed(*world.native(application))
     closed(*made, *open_ends)

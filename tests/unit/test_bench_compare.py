@@ -1,6 +1,8 @@
 """Comparing two reports: what moved beyond noise, in which direction, and what cannot be compared."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from tests.bench.compare import changes, compare, memory, missing, moved, singles, unlike, verdict_changes
 from tests.bench.results import spread
 from tests.bench.verdicts import Single
+from tests.harness.lab import ROOT
 
 
 @pytest.mark.parametrize(
@@ -107,3 +110,12 @@ def test_single_figures_and_verdicts() -> None:
         "verdict        a start (s): reached -> unmeasured",
     ]
     assert verdict_changes(new, new) == []
+
+
+def test_what_is_no_report_is_one_line(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("no JSON")
+    for path in (tmp_path / "missing", text):
+        words = [sys.executable, "-m", "tests.bench", "compare", str(path), str(path)]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr

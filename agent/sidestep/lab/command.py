@@ -34,7 +34,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "-f", "--file", action="append", default=[], metavar="PATH", help="manifest or directory; repeatable"
     )
     up.add_argument("--timeout", type=float, default=120, metavar="S", help="how long pods may take (default: 120)")
-    up.add_argument("--same-node", choices=("direct", "native", "mtls"), help="as of the agent")
+    up.add_argument(
+        "--same-node", choices=("direct", "native", "mtls"),
+        help="between pods of a node: by the engine (direct), by the kernel once allowed (native), with TLS (mtls)",
+    )  # fmt: skip
     up.add_argument(
         "--agent-arg", action="append", default=[], metavar="ARG", help="for every agent: --agent-arg=--x=y"
     )

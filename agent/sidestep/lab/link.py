@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 HBONE_PORT = 15008
+CATCH_UP_S = 60.0  # a hang guard
 KEEP = 4 << 20  # payload bytes kept per flow; beyond that they are counted only
 
 _ETH_P_ALL = 3
@@ -113,7 +114,10 @@ class Tap:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._ready = threading.Event()
-        self._caught_up = threading.Event()
+        self._asked = self._caught_up = (
+            0  # numbers of questions: the last one, and the last with all that came before it
+        )
+        self._answer = threading.Condition()
         self._error: Exception | None = None
         self._dropped = 0
         self._thread = threading.Thread(target=self._listen, name="tap", daemon=True)
@@ -130,8 +134,13 @@ class Tap:
 
     def flows(self, *, opened_only: bool = False) -> list[Flow]:
         """The flows seen so far. With `opened_only` those of connections whose opening was seen."""
-        self._caught_up.clear()
-        self._caught_up.wait(10)  # what is on its way from the kernel belongs to the answer
+        with self._answer:  # what is on its way from the kernel belongs to the answer
+            self._asked += 1
+            mine = self._asked
+            if not self._answer.wait_for(lambda: self._caught_up >= mine, CATCH_UP_S):
+                raise LinkError(
+                    f"the tap on {self._interface} did not catch up within {CATCH_UP_S:.0f} s: measure again"
+                )
         if self._dropped:
             raise LinkError(
                 f"{self._dropped} packets were lost on the way to the tap on {self._interface}: measure again"
@@ -160,13 +169,17 @@ class Tap:
                 return
             self._ready.set()
             while True:
+                # Read before the queue: what was there when the question came is there now, or was taken.
+                asked, stop = self._asked, self._stop.is_set()
                 try:
                     frame, _ = tap.recvfrom(1 << 17)
                 except BlockingIOError:
                     statistics = tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8)
                     self._dropped += int(struct.unpack("II", statistics)[1])
-                    self._caught_up.set()
-                    if self._stop.is_set():
+                    with self._answer:
+                        self._caught_up = 1 << 62 if stop else asked  # who asks later has all
+                        self._answer.notify_all()
+                    if stop:
                         return
                     select.select([tap], [], [], 0.1)
                     continue
