@@ -1168,7 +1168,7 @@ static void tell_dry_run(struct vouch *v, const struct mesh_view *view, const bo
                 if (!verdict.dry_run)
                         continue;
                 struct endpoint from = {.addr = a->src, .port = f->local_port};
-                denials_dry_run(v->engine->denials, verdict.dry_run, dst);
+                denials_dry_run(v->engine->denials, v->engine->nworkers, verdict.dry_run, dst);
                 event_log(v->engine->event, NULL, "info",
                           "dry run would deny src.addr=%s src.identity=\"%.255s\" dst.addr=%s dst.workload=\"%.255s\" "
                           "dst.namespace=\"%.255s\" policy=\"%.255s\"",
