@@ -72,7 +72,7 @@ static void test_who_looks(void **unused)
         for (unsigned i = 0; i < sizeof(against) / sizeof(*against); i++) {
                 struct worker w = {0};
                 assert_true(after(&w, 100, against[i].ran, against[i].moved, against[i].waited_ns)->keen < KEEN_LOOKS);
-                assert_true(after(&w, 30, 1, 64, SHORT_NS)->keen >= KEEN_LOOKS);
+                assert_true(after(&w, 60, 1, 64, SHORT_NS)->keen >= KEEN_LOOKS);
                 assert_true(after(&w, 1, against[i].ran, against[i].moved, against[i].waited_ns)->keen >= KEEN_LOOKS);
                 assert_true(after(&w, 10, against[i].ran, against[i].moved, against[i].waited_ns)->keen < KEEN_LOOKS);
         }
