@@ -221,11 +221,11 @@ def unready(lab: Lab, name: str, why: str) -> bool:
     return not lab.ready(name) and why in str(lab.pod(name)["status"].get("message") or "")
 
 
-@pytest.mark.parametrize(("place", "namespace"), [("yard", "yard"), ("mesh", "world")])
+@pytest.mark.parametrize(("place", "namespace"), [("yard", "yard"), ("direct", "world"), ("native", "world")])
 def test_probes_by_http_and_by_command(request: pytest.FixtureRequest, place: str, namespace: str) -> None:
-    """On a node without the mesh, and of pods that are in it."""
+    """On a node without the mesh, and of pods that are in it, without acceleration and with it."""
     lab: Lab = request.getfixturevalue(place)
-    if place == "mesh":
+    if place != "yard":
         lab.enrol(namespace)
     headers = [{"name": "X-Probe", "value": "yes"}]
     http = {"httpGet": {"path": "/ready?now", "port": 8080, "httpHeaders": headers}}
@@ -239,7 +239,7 @@ def test_probes_by_http_and_by_command(request: pytest.FixtureRequest, place: st
     try:
         eventually("503", lambda: unready(lab, web, "HTTP status 503: opens at nine"))
         eventually("status 1", lambda: unready(lab, asked, "status 1: closed"))
-        if place == "mesh":
+        if place != "yard":
             eventually("both are enrolled", lambda: {"by-http", "by-command"} <= lab.enrolled(namespace))
         for answer, ready in (("200", True), ("404 gone", False), ("302", True), ("hang", False), ("399", True)):
             lab.exec(web, "sh", "-c", f"echo {answer} >/data/status.new; mv /data/status.new /data/status")

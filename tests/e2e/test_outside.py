@@ -3,7 +3,9 @@ connection and the kernel the next ones; when the destination joins the mesh, th
 """
 
 import secrets
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,7 @@ from sidestep.cli.nodes import find
 from sidestep.lab.link import HBONE_PORT, violations
 from tests.e2e.conftest import pod
 from tests.harness.lab import Lab, build_customers, eventually
+from tests.harness.netns import inside
 
 PORT = 7000
 DECIDED = "sidestep_capture_packets_total"
@@ -119,3 +122,42 @@ def test_natively_after_the_first_and_by_tls_once_it_is_in_the_mesh(beyond: Lab,
         for each in talks:
             each.end()
         lab.label("beyond", None)
+
+
+def echo(listener: socket.socket) -> None:
+    """One connection, to its end."""
+    made, _ = listener.accept()
+    with made:
+        while text := made.recv(1000):
+            made.sendall(text)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("number", [0, 1], ids=["node1", "node2"])
+def test_a_process_of_a_node(mesh: Lab, same_node: str, number: int, family: int) -> None:
+    """As a pod of the host's network is: it has the node's addresses, and one pod of this kind is known by them, the
+    agent's own. Of the client's node or another, the kernel does it alone after the first.
+    """
+    lab, node = mesh, mesh.status()["nodes"][number]
+    lab.enrol("world")
+    target = node["ips"][family == 6]
+    kind = socket.AF_INET6 if family == 6 else socket.AF_INET
+    with inside(node["netns"], lambda: socket.create_server((target, PORT), family=kind)) as listener:
+        for which in range(3):
+            server = threading.Thread(target=echo, args=(listener,), daemon=True)
+            server.start()
+            before = decided(lab, "to_outbound"), decided(lab, "outside_vouched")
+            talk = Talk(lab, target)
+            try:
+                talk.say(f"canary-{secrets.token_hex(12)}")
+            finally:
+                talk.end()
+            server.join(60)
+            assert not server.is_alive()
+            by_engine, alone = (
+                decided(lab, name) - old for name, old in zip(("to_outbound", "outside_vouched"), before, strict=True)
+            )
+            if which and same_node == "native":
+                assert by_engine == 0 and alone > 0
+            else:
+                assert by_engine > 0 and alone == 0

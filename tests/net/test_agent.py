@@ -62,9 +62,12 @@ class Node:
         assert self._agent is not None
         return self._agent
 
-    def start_engine(self) -> None:
-        """A new engine process; its log goes to a file that a failure shows."""
-        command = [sys.executable, "-m", "sidestep", "engine", "--socket", str(self.folder / "engine" / "engine.sock")]
+    def start_engine(self, *program: str) -> None:
+        """A new engine process; its log goes to a file that a failure shows. `program`: Python's arguments instead of
+        the command.
+        """
+        program = program or ("-m", "sidestep")
+        command = [sys.executable, *program, "engine", "--socket", str(self.folder / "engine" / "engine.sock")]
         (self.folder / "engine").mkdir(mode=0o700, exist_ok=True)
         with open(self.folder / "engine.log", "ab") as log:
             self.engine = subprocess.Popen([*command, "--workers", "2"], stdout=log, stderr=log)

@@ -1,18 +1,39 @@
 """Vouched flows as the agent keeps them: the real engine, real capture, nothing left behind."""
 
 import gc
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from sidestep.node.admin import Pages
 from sidestep.node.capture import CaptureError
+from sidestep.node.httpd import Request
 from sidestep.node.pods import Pod
 from sidestep.node.reconcile import Capture
 from tests.harness.pods import Client, Sandbox, echo, eventually
 from tests.net.test_agent import PORT, Node, node, run
 
 __all__ = ["node"]
+
+# The engine of now, with the answers of one from before decision 0010 (commit 23537da, engine/host.py): neither the
+# setting is known there nor what a pod is given for it.
+FORMER = """
+import sys
+from sidestep.__main__ import main
+from sidestep.engine import host
+class Former(host.Host):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._fds[host.channel.POD_ADD] = (3,)
+    def _set_settings(self, body, fds):
+        if body.get("same_node", "direct") not in ("direct", "mtls"):
+            raise host.CommandError(f"same_node is direct or mtls, not {body['same_node']!r}")
+        return super()._set_settings(body, fds)
+host.Host = Former
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 async def two(node: Node) -> tuple[tuple[Sandbox, Pod], tuple[Sandbox, Pod]]:
@@ -134,6 +155,47 @@ def test_an_agent_with_another_setting(shop: Node) -> None:
                 for client in (held, flow):
                     assert await client.ask("still") == "still"
                     await client.close()
+
+    run(work())
+
+
+def test_an_engine_that_knows_nothing_of_it(shop: Node, capfd: pytest.CaptureFixture[str]) -> None:
+    """An agent comes before its engine, which refuses the setting: pods are served through it, which is said; with the
+    engine of now all is native without another word.
+    """
+
+    async def status() -> dict[str, str]:
+        answer = await Pages(shop.agent, dict, list).admin(Request("GET", "/status", {}, {}))
+        found = json.loads(answer.body)
+        return {"no_native": found["no_native"], "same_node": found["settings"]["same_node"]}
+
+    async def work() -> None:
+        shop.start_engine("-c", FORMER)
+        (web, _), (api, api_pod) = shop.pods["web"], shop.pods["api"]
+        async with echo(api, PORT):
+            for _ in range(2):  # the second agent finds the pods in the engine
+                async with shop.running_agent():
+                    await two(shop)
+                    before = await handed(shop, api_pod)
+                    for address in (api.v4, api.v6, api.v4, api.v6):
+                        client = await Client.open(web, address, PORT)
+                        assert await client.ask("direct") == "direct"
+                        assert await shop.through_engine(client)
+                        await client.close()
+                    assert await handed(shop, api_pod) == before
+                    found = await status()
+                    assert found["same_node"] == "direct"
+                    assert "same_node is direct or mtls, not 'native'" in found["no_native"]
+                assert "native_unavailable" in capfd.readouterr().err
+            async with shop.running_agent():
+                await two(shop)
+                shop.kill_engine()
+                await eventually("the engine is missed", lambda: not shop.agent.engine.up)
+                shop.start_engine()
+                await two(shop)
+                for address in (api.v4, api.v6):
+                    await allow(shop, web, api, api_pod, address)
+                assert await status() == {"no_native": "", "same_node": "native"}
 
     run(work())
 

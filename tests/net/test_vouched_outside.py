@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ from tests.net.test_vouched import SYN, closed, nobody, pump
 
 PORT = 8080
 CLOSED = 9
-POD_LIMIT = 512  # OUTSIDE_POD of vouch.c
+POD_LIMIT, NODE_LIMIT = 512, 4096  # OUTSIDE_POD and OUTSIDE_NODE of vouch.c
 
 
 class World:
@@ -738,6 +739,52 @@ def test_who_asks_for_all_the_world(world: World, server: socket.socket, closing
     assert PORT in world.verdicts(), "it has a flow open"
     talk(*ends)
     closed(*world.native(server), *ends)
+
+
+def test_pods_that_ask_for_all_the_world_together(tmp_path: Path, family: int) -> None:
+    """A node has its share too, and it is kept, though no pod has all of its own; the rest is the engine's."""
+    crowd = [f"client{number}" for number in range(9)]
+    with Nodes(
+        tmp_path, {**dict.fromkeys(crowd, 0), "far": 1}, workers=2, same_node="native", engines=(True, False), cidrs=[]
+    ) as nodes:
+        nodes.apply(*(nodes.record(nodes[name]) for name in crowd))
+        engine, far = nodes.clients[0], nodes["far"].address(family)
+        assert engine is not None
+
+        def total(name: str) -> int:
+            (found,) = re.findall(rf"^{name} (\d+)$", engine.metrics(), re.MULTILINE)
+            return int(found)
+
+        def held(name: str) -> int:
+            capture = nodes[name].capture
+            assert capture is not None
+            with Map(capture.pins + b"/verdicts") as found:
+                return len(found.keys(SYN))
+
+        def crawl(ports: range) -> None:
+            for port in ports:
+                with suppress(ConnectionError), socket.create_connection((far, port), 20) as made:
+                    made.recv(1)
+
+        # Once it is full, what nobody has used for 5 s makes room every second: should that be just before the one that
+        # is too many, it is full again after as many more.
+        full, port, asked = "sidestep_vouched_outside_full_total", 20000, 0
+        deadline = time.monotonic() + 120
+        while not total(full):
+            assert time.monotonic() < deadline
+            name = min(crowd, key=held)
+            assert held(name) < POD_LIMIT - 50, "no pod has all of its own"
+            before = sum(map(held, crowd))
+            inside(nodes[name].path, lambda ports=range(port, port + 50): crawl(ports))  # type: ignore[misc]
+            port, asked = port + 50, asked + 50
+            assert sum(map(held, crowd)) <= min(before + 50, NODE_LIMIT)
+        assert asked > NODE_LIMIT
+        assert total("sidestep_vouched_outside_total") + total(full) == asked
+        assert total("sidestep_vouched_outside_total") >= NODE_LIMIT
+        with listen(nodes["far"].path, far, PORT) as server, connect(nodes[crowd[0]].path, far, PORT) as client:
+            accepted, _ = server.accept()
+            with accepted:
+                talk(client, accepted)
 
 
 # -- becoming the mesh's ----------------------------------------------------------------------------------------------

@@ -126,9 +126,9 @@ class Pages:
             "uptime_s": int(time.time() - self._started_s),
             "engine": {"connected": agent.engine.up, **(dict(hello.info) if hello else {})},
             "control": self._control(),
-            "settings": dict(agent.place.settings),
+            "settings": dict(agent.settings),
             "probes": agent.probes.status(),
-            "no_native": agent.place.no_native,
+            "no_native": agent.no_native,
             "pods": {
                 "total": len(agent.pods),
                 "enrolled": sum(1 for pod in pods if pod["enrolled"]),

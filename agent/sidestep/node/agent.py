@@ -146,6 +146,16 @@ class Agent:
         """The API's pods of this node and its namespaces are known completely."""
         return self.pods_listed and self.namespaces_listed
 
+    @property
+    def no_native(self) -> str:
+        """Why `same_node` is direct where native was asked for, "" for nothing."""
+        return self.place.no_native or self.engine.no_native
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The engine's settings as they are in force."""
+        return {**self.place.settings, "same_node": "direct"} if self.engine.no_native else self.place.settings
+
     def pending(self) -> list[str]:
         """What is missing until the agent is ready, by name."""
         missing = [] if self.engine.up else ["engine"]
@@ -426,7 +436,8 @@ class Agent:
             resident.engine, resident.listeners = Serving.ABSENT, False
             if has is None or (resident.netns is not None and has.netns_cookie != resident.netns.cookie):
                 continue
-            if self.names.native and hello.same_node != "native" and has.mode == "serving":
+            native = self.names.native and not self.engine.no_native
+            if native and hello.same_node != "native" and has.mode == "serving":
                 continue  # It was added without what native flows need: once more, which changes nothing else.
             resident.engine = Serving.DRAINING if has.mode == "draining" else Serving.SERVING
             resident.ports = has.ports
@@ -589,7 +600,7 @@ class Agent:
         self.metrics.set("workload_manager_pending_proxy_count", len(wanted) - len(served))
         self.metrics.set("sidestep_pods_raw", sum(1 for r in served if r.pod is not None and r.pod.raw))
         self.metrics.set("sidestep_engine_up", int(self.engine.up))
-        self.metrics.set("sidestep_same_node_native", int(self.names.native))
+        self.metrics.set("sidestep_same_node_native", int(self.names.native and not self.engine.no_native))
         self.metrics.set("sidestep_agent_log_lines_dropped_total", log.dropped())
         now = time.time()
         states = [identity.valid(now) for identity in self.identities]

@@ -36,6 +36,10 @@ class EngineAway(EngineError):
     """There is no connection to the engine."""
 
 
+class EngineRefused(EngineError):
+    """The engine answered that it does not do it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ports:
     """The listeners' own ports in the pod, which an application cannot have."""
@@ -123,6 +127,7 @@ class Engine:
         self._sending = asyncio.Lock()
         self.hello: Hello | None = None
         self.up = False
+        self.no_native = ""  # why this engine was given `direct` where `native` was meant
 
     async def run(self) -> None:
         """Connects, again and again, until cancelled."""
@@ -253,7 +258,7 @@ class Engine:
             self._waiting.pop(sequence, None)
         if not answer.get("ok"):
             _close(received)
-            raise EngineError(f"{channel.NAMES.get(kind, kind)}: {answer.get('error', 'refused')}")
+            raise EngineRefused(f"{channel.NAMES.get(kind, kind)}: {answer.get('error', 'refused')}")
         return answer, received
 
     async def _simple(self, kind: int, body: Mapping[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
@@ -262,8 +267,19 @@ class Engine:
         return answer
 
     async def settings(self, settings: Mapping[str, Any]) -> None:
-        """SETTINGS."""
-        await self._simple(channel.SETTINGS, settings)
+        """SETTINGS. An engine from before decision 0010, which an agent may meet while a node is brought up to date,
+        refuses `native`: it is given `direct` and goes on serving, and `no_native` says why.
+        """
+        self.no_native = ""
+        try:
+            await self._simple(channel.SETTINGS, settings)
+        except EngineRefused as err:
+            if settings.get("same_node") != "native":
+                raise
+            await self._simple(channel.SETTINGS, {**settings, "same_node": "direct"})
+            self.no_native = f"the engine refuses it ({err})"
+            hint = "same_node is direct until there is a newer engine"
+            log.event("native_unavailable", level="WARN", reason=self.no_native, hint=hint)
 
     async def pod_add(self, pod: PodSpec, netns: int, maps: Sequence[int]) -> Ports:
         """POD_ADD: the engine listens when this returns. `maps`: listeners and engine_sk, or those and what native

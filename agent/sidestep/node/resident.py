@@ -347,7 +347,8 @@ class Steps:
         )
         fd = os.dup(netns.fd)
         try:
-            async with self._captures.maps(resident.uid, self._names.native) as maps:
+            native = self._names.native and not self._engine.no_native
+            async with self._captures.maps(resident.uid, native) as maps:
                 resident.ports = await self._engine.pod_add(spec, fd, maps)
         finally:
             os.close(fd)
