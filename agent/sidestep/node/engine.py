@@ -144,6 +144,10 @@ class Engine:
             else:
                 if await self._once(connection):
                     wait_s, complained = RETRY_FIRST_S, False
+                # A task group whose task has failed forgets that it was cancelled too (until Python 3.13).
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise asyncio.CancelledError
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 1.2, RETRY_LAST_S)
 

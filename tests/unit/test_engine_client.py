@@ -1,0 +1,37 @@
+"""The agent's end of the channel: it ends when it is told to."""
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from sidestep.node.engine import Engine, Hello
+
+
+async def connected(_: Hello) -> None:
+    """Nothing to feed."""
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_it_ends_although_the_engine_goes_at_the_same_moment(tmp_path: Path, turns: int) -> None:
+    """Whatever is first: the connection's end, or the order to end, this many turns of the loop later."""
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as server:
+            server.bind(str(tmp_path / "engine.sock"))
+            server.listen(8)
+            task = loop.create_task(Engine(tmp_path / "engine.sock", connected, lambda: None).run())
+            accepted, _ = await loop.sock_accept(server)
+            await loop.sock_recv(accepted, 65536)  # HELLO
+            accepted.close()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task}, timeout=20)
+            ended = task.done()
+            task.cancel()
+            assert ended
+
+    asyncio.run(work())
