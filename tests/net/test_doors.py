@@ -211,7 +211,7 @@ def test_a_socket_of_one_device_is_the_engines(world: World, application: socket
 
 
 def test_a_pod_that_makes_its_packets_anothers_gets_no_mark(world: World, application: socket.socket) -> None:
-    """The third pod has a vouched flow of its own, and a rule that gives its packets the client's address and port: they
+    """The third pod has a vouched flow of its own, and a rule that makes its packets the client's: they
     do not go by the door, so they end nothing and add nothing.
     """
     world.allow(application)
