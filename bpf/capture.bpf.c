@@ -460,13 +460,15 @@ static __always_inline bool leave_note(struct capture_tuple *t, __u16 port, stru
 }
 
 /* May this SYN go natively? */
-static __always_inline bool vouch(struct packet *p, struct capture_fated *fated, struct capture_fated *now)
+static __always_inline bool vouch(struct bpf_sock *sk, struct packet *p, struct capture_fated *fated,
+                                  struct capture_fated *now)
 {
         struct capture_tuple t;
         __u32 outbound = SLOT_OUTBOUND;
-        /* Begun with the engine, ended with it; data in a SYN is nothing that anybody here looks at, and one with
-         * options in_eth would not know again. */
-        if ((fated && fated->fate == FATE_CAPTURED && fated->isn == p->seq) || p->payload || p->options)
+        /* Begun with the engine, ended with it; data in a SYN is nothing that anybody here looks at, one with options
+         * in_eth would not know again, and a socket of one device the other end's door would not find. */
+        if (sk->bound_dev_if || (fated && fated->fate == FATE_CAPTURED && fated->isn == p->seq) || p->payload ||
+            p->options)
                 return false;
         tuple_of(p, &t);
         __u16 port = t.local_port;
@@ -488,9 +490,12 @@ static __always_inline bool vouch(struct packet *p, struct capture_fated *fated,
                 count(COUNT_OUTSIDE);
         } else {
                 /* Without a door the bytes would cross the node's own network, where others may read them. */
+                struct capture_address own_address;
+                __builtin_memcpy(own_address.ip, t.local, 16);
                 now->door = door_of(t.remote);
                 now->by_door = 1;
-                if (!now->door || !door_of(t.local) || !leave_note(&t, port, &what))
+                if (!now->door || !door_of(t.local) || !bpf_map_lookup_elem(&addresses, &own_address) ||
+                    !leave_note(&t, port, &what))
                         return false;
         }
         now->fate = FATE_VOUCHED;
@@ -602,7 +607,7 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
                 bool opens = true;
                 if (native || again) {
                         now.fate = FATE_NATIVE;
-                } else if (vouch(p, fated, &now)) {
+                } else if (vouch(sk, p, fated, &now)) {
                         /* The same once more, or a new connect? */
                         opens = !fated || fated->fate != FATE_VOUCHED || fated->isn != p->seq;
                 }
@@ -794,6 +799,35 @@ static __always_inline int through(struct __sk_buff *skb, __u32 ifindex)
         return bpf_redirect_peer(ifindex, 0);
 }
 
+/* Is the packet the socket's own? Rules of the pod's namespace may have made another one of it, and a sender that is
+ * not who its socket says would be believed. */
+static __always_inline bool is_own(struct __sk_buff *skb, struct bpf_sock *sk)
+{
+        void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+        struct ethhdr *eth = data;
+        struct tcphdr *tcp;
+        if ((void *)(eth + 1) > end || skb->vlan_present)
+                return false;
+        if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+                struct iphdr *ip = (void *)(eth + 1);
+                if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
+                    ip->frag_off & bpf_htons(0x3fff) || ip->saddr != sk->src_ip4 || ip->daddr != sk->dst_ip4)
+                        return false;
+                tcp = (void *)(ip + 1);
+        } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
+                struct ipv6hdr *ip = (void *)(eth + 1);
+                if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
+                        return false;
+                for (int i = 0; i < 4; i++)
+                        if (ip->saddr.s6_addr32[i] != sk->src_ip6[i] || ip->daddr.s6_addr32[i] != sk->dst_ip6[i])
+                                return false;
+                tcp = (void *)(ip + 1);
+        } else {
+                return false;
+        }
+        return (void *)(tcp + 1) <= end && bpf_ntohs(tcp->source) == sk->src_port && tcp->dest == sk->dst_port;
+}
+
 SEC("tc")
 int door(struct __sk_buff *skb)
 {
@@ -804,7 +838,7 @@ int door(struct __sk_buff *skb)
         if (sk) {
                 full = bpf_sk_fullsock(sk);
                 struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
-                if (fated && fated->fate == FATE_VOUCHED && fated->by_door)
+                if (fated && fated->fate == FATE_VOUCHED && fated->by_door && is_own(skb, full))
                         return through(skb, fated->door);
                 if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0)) {
                         /* Its tunnels are most of what it sends. */
@@ -849,6 +883,31 @@ static __always_inline bool astray(struct __sk_buff *skb, struct capture_tuple *
         return vouched_for;
 }
 
+/* TCP in fragments, with options or extensions, or in pieces: pods with a door send none of it to a vouched flow, and
+ * somebody who speaks for them may. */
+static __noinline int strange(struct __sk_buff *skb)
+{
+        struct capture_tuple t = {};
+        struct packet p = {};
+        __be16 type = 0;
+        __u32 ip4 = 0;
+        if (!skb)
+                return TC_ACT_UNSPEC;
+        if (find_tcp(skb, &p) == 0)
+                return TC_ACT_UNSPEC;
+        if (bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &type, sizeof(type)) < 0)
+                return TC_ACT_UNSPEC;
+        if (type == bpf_htons(ETH_P_IP)) {
+                if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr), &ip4, sizeof(ip4)) < 0)
+                        return TC_ACT_UNSPEC;
+                mapped(t.remote, ip4);
+        } else if (type != bpf_htons(ETH_P_IPV6) ||
+                   bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), t.remote, 16) < 0) {
+                return TC_ACT_UNSPEC;
+        }
+        return door_of(t.remote) ? drop(COUNT_IN_ASTRAY) : TC_ACT_UNSPEC;
+}
+
 SEC("tc")
 int in_eth(struct __sk_buff *skb)
 {
@@ -863,26 +922,27 @@ int in_eth(struct __sk_buff *skb)
                 return TC_ACT_UNSPEC;
         if (eth->h_proto == bpf_htons(ETH_P_IP)) {
                 struct iphdr *ip = (void *)(eth + 1);
-                if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
-                    ip->frag_off & bpf_htons(0x3fff))
+                if ((void *)(ip + 1) <= end && ip->protocol != IPPROTO_TCP)
                         return TC_ACT_UNSPEC;
                 tcp = (void *)(ip + 1);
-                if ((void *)(tcp + 1) > end || (by_door && (!tcp->syn || tcp->ack)))
-                        return TC_ACT_UNSPEC;
+                if ((void *)(tcp + 1) > end || ip->ihl != 5 || ip->frag_off & bpf_htons(0x3fff))
+                        return by_door ? TC_ACT_UNSPEC : strange(skb);
                 mapped(t.local, ip->daddr);
                 mapped(t.remote, ip->saddr);
         } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
                 struct ipv6hdr *ip = (void *)(eth + 1);
-                if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
+                if ((void *)(ip + 1) <= end && (ip->nexthdr == IPPROTO_UDP || ip->nexthdr == IPPROTO_ICMPV6))
                         return TC_ACT_UNSPEC;
                 tcp = (void *)(ip + 1);
-                if ((void *)(tcp + 1) > end || (by_door && (!tcp->syn || tcp->ack)))
-                        return TC_ACT_UNSPEC;
+                if ((void *)(tcp + 1) > end || ip->nexthdr != IPPROTO_TCP)
+                        return by_door ? TC_ACT_UNSPEC : strange(skb);
                 __builtin_memcpy(t.local, &ip->daddr, 16);
                 __builtin_memcpy(t.remote, &ip->saddr, 16);
         } else {
                 return TC_ACT_UNSPEC;
         }
+        if (by_door && (!tcp->syn || tcp->ack))
+                return TC_ACT_UNSPEC;
         t.local_port = bpf_ntohs(tcp->dest);
         t.remote_port = bpf_ntohs(tcp->source);
         if (!tcp->syn || tcp->ack)

@@ -622,6 +622,39 @@ static int load_survey(const char *pins)
         return result;
 }
 
+/* Takes the addresses of a pod out: all (addresses -1), or those that it does not have any more. Its door: *ifindex,
+ * where one was found. */
+static int forget_addresses(int doors, int addresses, uint64_t ino, uint32_t *ifindex)
+{
+        struct capture_address key, next, gone[CAPTURE_MAX_ADDRESSES];
+        struct capture_door_of one;
+        uint8_t there;
+        int n;
+        do {
+                n = 0;
+                for (void *from = NULL; bpf_map_get_next_key(doors, from, &next) == 0 && n < CAPTURE_MAX_ADDRESSES;
+                     from = &key) {
+                        if (bpf_map_lookup_elem(doors, &next, &one) == 0 && one.netns_ino == ino) {
+                                *ifindex = one.ifindex;
+                                if (addresses < 0 || bpf_map_lookup_elem(addresses, &next, &there) < 0)
+                                        gone[n++] = next;
+                        }
+                        key = next;
+                }
+                for (int i = 0; i < n; i++)
+                        if (bpf_map_delete_elem(doors, &gone[i]) < 0 && errno != ENOENT)
+                                return -errno;
+        } while (n == CAPTURE_MAX_ADDRESSES);
+        return 0;
+}
+
+static int open_doors(const char *pins)
+{
+        char node[NODE_PATH];
+        node_of(node, pins);
+        return open_pin(node, "doors");
+}
+
 int capture_prepare(const char *pins, const char *addresses, char *error)
 {
         libbpf_set_print(silent);
@@ -641,6 +674,13 @@ int capture_prepare(const char *pins, const char *addresses, char *error)
         if (map < 0)
                 return fail(error, map, "map addresses in %s", pins);
         result = set_addresses(map, addresses, error);
+        int doors = open_doors(pins);
+        struct capture_pod pod = {0};
+        uint32_t unused;
+        if (doors >= 0 && read_pod(pins, &pod) == 0 && pod.netns_ino)
+                forget_addresses(doors, map, pod.netns_ino, &unused);
+        if (doors >= 0)
+                close(doors);
         close(map);
         return result;
 }
@@ -952,6 +992,20 @@ static int nsid_of(int netns)
         return id < 0 ? -ENOENT : id;
 }
 
+/* Is the filter at our place a door? */
+static bool is_door(int ifindex)
+{
+        LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = ifindex, .attach_point = BPF_TC_INGRESS);
+        LIBBPF_OPTS(bpf_tc_opts, opts, .handle = CAPTURE_HANDLE, .priority = CAPTURE_PREF);
+        struct bpf_prog_info info = {0};
+        uint32_t length = sizeof(info);
+        int fd = bpf_tc_query(&hook, &opts) == 0 ? bpf_prog_get_fd_by_id(opts.prog_id) : -1;
+        bool yes = fd >= 0 && bpf_obj_get_info_by_fd(fd, &info, &length) == 0 && strcmp(info.name, door.program) == 0;
+        if (fd >= 0)
+                close(fd);
+        return yes;
+}
+
 /* Does somebody else look at what comes in there? 1, 0 or -errno. */
 static int is_looked_at(int ifindex)
 {
@@ -968,18 +1022,23 @@ static int is_looked_at(int ifindex)
         ssize_t n = ask(&r, answer);
         if (n < 0)
                 return n == -EINVAL || n == -ENOENT ? 0 : (int)n; /* no qdisc */
-        for (struct nlmsghdr *h = answer; NLMSG_OK(h, (size_t)n); h = NLMSG_NEXT(h, n))
-                if (h->nlmsg_type == RTM_NEWTFILTER &&
-                    TC_H_MAJ(((struct tcmsg *)NLMSG_DATA(h))->tcm_info) >> 16 != CAPTURE_PREF)
+        /* More than one piece is more than our one filter. Handle 0 names a preference, not a filter. */
+        for (struct nlmsghdr *h = answer; NLMSG_OK(h, (size_t)n); h = NLMSG_NEXT(h, n)) {
+                struct tcmsg *found = NLMSG_DATA(h);
+                if (h->nlmsg_type != RTM_NEWTFILTER || found->tcm_handle == 0)
+                        continue;
+                if (TC_H_MAJ(found->tcm_info) >> 16 != CAPTURE_PREF || found->tcm_handle != CAPTURE_HANDLE ||
+                    !is_door(ifindex))
                         return 1;
+        }
         return 0;
 }
 
-/* Where the pod's door may be. -EOPNOTSUPP: nowhere; error says why. */
-static int find_door(int host, int netns, const char *interface, struct capture_door_of *out, char *error)
+/* Where the pod's link ends. -EOPNOTSUPP: nowhere that a door could be; error says why. */
+static int find_end(int host, int netns, const char *interface, struct capture_door_of *out, char *error)
 {
         struct end inner, outer;
-        int back, result, nsid = -1, looked = 0;
+        int back, result, nsid = -1;
         uint64_t ino = 0;
         if ((result = inode_of(netns, &ino)) < 0 || (result = enter(netns, &back)) < 0)
                 return fail(error, result, "enter the network namespace");
@@ -992,16 +1051,11 @@ static int find_door(int host, int netns, const char *interface, struct capture_
         if ((result = enter(host, &back)) < 0)
                 return fail(error, result, "enter the host's network namespace");
         result = read_end(inner.peer, &outer);
-        if (result == 0 && (nsid = nsid_of(netns)) >= 0)
-                looked = is_looked_at(inner.peer);
+        nsid = nsid_of(netns);
         leave(back);
         if (result < 0 || nsid < 0 || strcmp(outer.kind, "veth") || outer.peer != inner.ifindex ||
             outer.peer_nsid != nsid)
                 return fail(error, -EOPNOTSUPP, "the other end of %s is not on this host", interface);
-        if (looked < 0)
-                return fail(error, looked, "filters at the other end of %s", interface);
-        if (looked)
-                return fail(error, -EOPNOTSUPP, "somebody else's programs are at the other end of %s", interface);
         out->ifindex = (uint32_t)outer.ifindex;
         out->nsid = (uint32_t)nsid;
         out->netns_ino = ino;
@@ -1025,47 +1079,14 @@ static int read_door(int doors, int addresses, struct capture_door_of *out)
         return n > 0;
 }
 
-/* Takes the addresses of a pod out: all (addresses -1), or those that it does not have any more. Its door: *ifindex,
- * where one was found. */
-static int forget_addresses(int doors, int addresses, uint64_t ino, uint32_t *ifindex)
-{
-        struct capture_address key, next, gone[CAPTURE_MAX_ADDRESSES];
-        struct capture_door_of one;
-        uint8_t there;
-        int n;
-        do {
-                n = 0;
-                for (void *from = NULL; bpf_map_get_next_key(doors, from, &next) == 0 && n < CAPTURE_MAX_ADDRESSES;
-                     from = &key) {
-                        if (bpf_map_lookup_elem(doors, &next, &one) == 0 && one.netns_ino == ino) {
-                                *ifindex = one.ifindex;
-                                if (addresses < 0 || bpf_map_lookup_elem(addresses, &next, &there) < 0)
-                                        gone[n++] = next;
-                        }
-                        key = next;
-                }
-                for (int i = 0; i < n; i++)
-                        if (bpf_map_delete_elem(doors, &gone[i]) < 0 && errno != ENOENT)
-                                return -errno;
-        } while (n == CAPTURE_MAX_ADDRESSES);
-        return 0;
-}
-
-static int open_doors(const char *pins)
-{
-        char node[NODE_PATH];
-        node_of(node, pins);
-        return open_pin(node, "doors");
-}
-
-/* Is the door there as `doors` says? 1, 0 or -errno. */
+/* Is the door there as `doors` says, and nobody else? 1, 0 or -errno. */
 static int has_door(const char *pins, int host)
 {
         struct capture_door_of is = {0};
         int doors = open_doors(pins), addresses = open_pin(pins, "addresses"), back;
         int result = doors < 0 ? doors : addresses < 0 ? addresses : read_door(doors, addresses, &is);
         if (result > 0 && (result = enter(host, &back)) == 0) {
-                result = filter_is_there(&door, pins, (int)is.ifindex);
+                result = filter_is_there(&door, pins, (int)is.ifindex) && is_looked_at((int)is.ifindex) == 0;
                 leave(back);
         }
         if (doors >= 0)
@@ -1081,12 +1102,18 @@ static int open_door(const char *pins, int host, int netns, const char *interfac
         struct capture_door_of to = {0};
         struct capture_address key, next;
         uint32_t unused;
-        int back, result = find_door(host, netns, interface, &to, error);
+        int back, result = find_end(host, netns, interface, &to, error);
         if (result < 0)
                 return result;
         if ((result = enter(host, &back)) < 0)
                 return fail(error, result, "enter the host's network namespace");
-        result = keep_filter(&door, pins, (int)to.ifindex, error);
+        int looked = is_looked_at((int)to.ifindex);
+        if (looked < 0)
+                result = fail(error, looked, "filters at the other end of %s", interface);
+        else if (looked)
+                result = fail(error, -EOPNOTSUPP, "somebody else's programs are at the other end of %s", interface);
+        else
+                result = keep_filter(&door, pins, (int)to.ifindex, error);
         leave(back);
         if (result < 0)
                 return result;
@@ -1106,34 +1133,38 @@ static int open_door(const char *pins, int host, int netns, const char *interfac
         return result < 0 ? fail(error, result, "map doors of %s", pins) : 0;
 }
 
+/* First the addresses, then the program, if it is there. host or netns -1: only the addresses, the link is gone. */
+static int close_door(const char *pins, int host, int netns, const char *interface, char *error)
+{
+        struct capture_pod pod = {0};
+        struct capture_door_of end = {0};
+        int doors = open_doors(pins), back, result;
+        if (doors < 0)
+                return doors == -ENOENT ? 0 : fail(error, doors, "map doors of %s", pins);
+        result = read_pod(pins, &pod) == 0 ? forget_addresses(doors, -1, pod.netns_ino, &end.ifindex) : 0;
+        close(doors);
+        if (result < 0)
+                return fail(error, result, "map doors of %s", pins);
+        char unused[CAPTURE_ERROR_LEN];
+        if (host < 0 || netns < 0 || (end.ifindex == 0 && find_end(host, netns, interface, &end, unused) < 0))
+                return 0;
+        if ((result = enter(host, &back)) < 0)
+                return fail(error, result, "enter the host's network namespace");
+        result = filter_is_there(&door, pins, (int)end.ifindex) ? filter_detach(&door, (int)end.ifindex) : 0;
+        leave(back);
+        return result < 0 ? fail(error, result, "take out tc filter door") : 0;
+}
+
 int capture_door(const char *pins, int host, int netns, const char *interface, char *error)
 {
+        char unused[CAPTURE_ERROR_LEN];
         libbpf_set_print(silent);
         if (has_door(pins, host) == 1)
                 return 0;
         int result = open_door(pins, host, netns, interface, error);
+        if (result == -EOPNOTSUPP) /* no more */
+                close_door(pins, host, netns, interface, unused);
         return result < 0 ? result : 1;
-}
-
-/* First the addresses, then the program, if it is there. host -1: only the addresses, the link is gone. */
-static int close_door(const char *pins, int host, char *error)
-{
-        struct capture_pod pod = {0};
-        uint32_t ifindex = 0;
-        int doors = open_doors(pins), back, result;
-        if (doors < 0)
-                return doors == -ENOENT ? 0 : fail(error, doors, "map doors of %s", pins);
-        result = read_pod(pins, &pod) == 0 ? forget_addresses(doors, -1, pod.netns_ino, &ifindex) : 0;
-        close(doors);
-        if (result < 0)
-                return fail(error, result, "map doors of %s", pins);
-        if (host < 0 || ifindex == 0)
-                return 0;
-        if ((result = enter(host, &back)) < 0)
-                return fail(error, result, "enter the host's network namespace");
-        result = filter_is_there(&door, pins, (int)ifindex) ? filter_detach(&door, (int)ifindex) : 0;
-        leave(back);
-        return result < 0 ? fail(error, result, "take out tc filter door") : 0;
 }
 
 static int change_mode(const char *pins, int netns, const char *interface, int mode, char *error)
@@ -1517,7 +1548,7 @@ int capture_detach(const char *pins, int host, int netns, const char *interface,
         char path[PATH_MAX];
         int result, back;
         libbpf_set_print(silent);
-        if ((result = close_door(pins, netns < 0 ? -1 : host, error)) < 0)
+        if ((result = close_door(pins, host, netns, interface, error)) < 0)
                 return result;
         if (netns >= 0) {
                 if ((result = enter(netns, &back)) < 0)

@@ -19,7 +19,7 @@ from tests.harness.kubelet import Map, packed
 from tests.harness.loss import lose_object
 from tests.harness.netns import Pair, Sniffer, connect, inside, listen, run
 from tests.harness.stand_in import Capture, CaptureError, StandIn
-from tests.net import test_vouched
+from tests.net import attacker, test_vouched
 from tests.net.test_bypass import syn_frame
 from tests.net.test_capture import eventually
 from tests.net.test_engine_policy import talk
@@ -63,6 +63,21 @@ def sequence(end: socket.socket) -> int:
     found = end.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ)
     end.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, -1)
     return found & 0xFFFFFFFF
+
+
+def odd(frame: bytes) -> bytes:
+    """The same segment behind IPv4 options, or behind an IPv6 extension header: both are read by any stack."""
+    if frame[12:14] == b"\x08\x00":
+        head = bytearray(frame[14:34] + b"\x01" * 4)  # no-operation
+        head[0] = 0x46
+        head[2:4] = struct.pack("!H", len(frame) - 14 + 4)
+        head[10:12] = bytes(2)
+        head[10:12] = struct.pack("!H", attacker.checksum(bytes(head)))
+        return frame[:14] + bytes(head) + frame[34:]
+    head = bytearray(frame[14:54])
+    head[4:6] = struct.pack("!H", struct.unpack("!H", frame[18:20])[0] + 8)
+    head[6] = 60  # destination options: six bytes of padding
+    return frame[:14] + bytes(head) + bytes([6, 0, 1, 4, 0, 0, 0, 0]) + frame[54:]
 
 
 def forge(nodes: Nodes, family: int, origin: str, frame: Callable[[bytes], bytes]) -> None:
@@ -120,9 +135,13 @@ def test_a_network_that_is_deceived_sees_nothing(tmp_path: Path, meshed: bool, f
 
 @pytest.mark.parametrize("meshed", [True, False], ids=["meshed", "plain"])
 @pytest.mark.parametrize("origin", ["third", "host"])
-@pytest.mark.parametrize(("flags", "payload"), [(PSH_ACK, b"forged"), (FIN_ACK, b"")], ids=["bytes", "end"])
+@pytest.mark.parametrize(
+    ("flags", "payload", "shape"),
+    [(PSH_ACK, b"forged", "plain"), (FIN_ACK, b"", "plain"), (PSH_ACK, b"forged", "odd"), (FIN_ACK, b"", "odd")],
+    ids=["bytes", "end", "odd bytes", "odd end"],
+)
 def test_who_knows_everything_adds_nothing(
-    tmp_path: Path, meshed: bool, family: int, origin: str, flags: int, payload: bytes
+    tmp_path: Path, meshed: bool, family: int, origin: str, flags: int, payload: bytes, shape: str
 ) -> None:
     """Bytes, or an end, with the tuple of an open flow and its next sequence number: without the mesh they are the
     application's; they did not come by the client's door, so they are nobody's.
@@ -132,7 +151,8 @@ def test_who_knows_everything_adds_nothing(
         source, target = nodes["client"].address(family), nodes["near"].address(family)
 
         def frame(macs: bytes) -> bytes:
-            return syn_frame(source, port, target, PORT, macs, flags=flags, sequence=number, payload=payload, ack=back)
+            made = syn_frame(source, port, target, PORT, macs, flags=flags, sequence=number, payload=payload, ack=back)
+            return made if shape == "plain" else odd(made)
 
         back = sequence(served)
         before = counter(nodes["near"], "vouched_astray") if meshed else 0
@@ -169,6 +189,51 @@ def test_nobody_speaks_for_another_pod_at_a_door(tmp_path: Path, family: int) ->
                     talk(own, accepted)
         assert counter(third, "by_door") > by_door
         talk(client, served)
+
+
+def test_a_socket_of_one_device_is_the_engines(world: World, application: socket.socket) -> None:
+    """The other end's door would not find it."""
+    world.allow(application)
+    captured = world.counter(world.client, "to_outbound")
+
+    def bound() -> socket.socket:
+        made = socket.socket(socket.AF_INET6 if world.family == 6 else socket.AF_INET)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+        made.settimeout(20)
+        made.connect((world.address, PORT))
+        return made
+
+    client = inside(world.client.path, bound)
+    served, _ = application.accept()
+    talk(client, served)
+    assert world.counter(world.client, "to_outbound") == captured + 1
+    closed(client, served)
+
+
+def test_a_pod_that_makes_its_packets_anothers_gets_no_mark(world: World, application: socket.socket) -> None:
+    """The third pod has a vouched flow of its own, and a rule that makes its packets the client's: they
+    do not go by the door, so they end nothing and add nothing.
+    """
+    world.allow(application)
+    client, served = world.native(application)
+    with listen(world.near.path, world.address, PORT + 2) as other:
+        closed(connect(world.third.path, world.address, PORT + 2), other.accept()[0])
+        own = connect(world.third.path, world.address, PORT + 2)
+        accepted, _ = other.accept()
+        talk(own, accepted)
+        at = "ip6" if world.family == 6 else "ip"
+        nft = ("nsenter", f"--net={world.third.path}", "nft")
+        chain = "add chain inet lie p { type filter hook output priority 0; }"
+        port = client.getsockname()[1]
+        rule = f"{at} daddr {world.address} {at} saddr set {world.source} tcp sport set {port} tcp dport set {PORT}"
+        by_door, astray = world.counter(world.third, "by_door"), world.counter(world.near, "vouched_astray")
+        run(*nft, f"add table inet lie; {chain}; add rule inet lie p {rule}")
+        own.send(b"forged")
+        eventually("it is dropped", lambda: world.counter(world.near, "vouched_astray") > astray)
+        assert world.counter(world.third, "by_door") == by_door
+        talk(client, served)
+        closed(own, accepted)
+    closed(client, served)
 
 
 # -- doors that are not there -----------------------------------------------------------------------------------------
@@ -213,12 +278,13 @@ def test_a_door_that_was_taken_out_is_put_back(world: World, application: socket
 def foreign(capture: Capture, kind: str) -> Iterator[None]:
     """Somebody else's program at the host's end of the pod's link."""
     path, inside_ = capture.pair.outside_path, ("nsenter", f"--net={capture.pair.outside_path}", "tc")
-    if kind == "clsact":
-        run(*inside_, "qdisc", "add", "dev", "eth0", "clsact")
-        where = ("dev", "eth0", "ingress", "pref", "5")
+    if kind != "tcx":
+        run(*inside_, "qdisc", "replace", "dev", "eth0", "clsact")
+        pref, handle = {"behind": (5, 1), "at our place": (1, 1), "beside": (1, 2)}[kind]
+        where = ("dev", "eth0", "ingress", "protocol", "all", "pref", str(pref), "handle", str(handle))
         run(*inside_, "filter", "add", *where, "bpf", "da", "object-file", lose_object(), "section", "tc/tcp")
         yield
-        run(*inside_, "filter", "del", *where)
+        run(*inside_, "filter", "del", *where, "bpf")
         return
 
     def attach(program: int) -> int:
@@ -231,7 +297,7 @@ def foreign(capture: Capture, kind: str) -> Iterator[None]:
     os.close(made)
 
 
-@pytest.mark.parametrize("kind", ["clsact", "tcx"])
+@pytest.mark.parametrize("kind", ["behind", "at our place", "beside", "tcx"])
 def test_where_somebody_else_looks_there_is_none(capture: Capture, kind: str) -> None:
     """A network plugin's program may enforce a policy: nothing goes past it."""
     capture.set_mode(lib.MODE_STRICT)
@@ -240,6 +306,23 @@ def test_where_somebody_else_looks_there_is_none(capture: Capture, kind: str) ->
             capture.door()
         assert capture.verify() == 0
     assert (capture.door(), capture.door()) == (True, False)
+    if kind == "at our place":
+        return  # it would have taken ours out
+    with foreign(capture, kind), pytest.raises(CaptureError, match="somebody else's programs"):
+        capture.door()
+    with Map(os.path.dirname(capture.pins) + b"/node/doors") as doors:
+        assert doors.keys(16) == []
+    assert capture.door() is True
+
+
+def test_addresses_that_a_pod_has_no_more_have_none(link: Pair, capture: Capture) -> None:
+    capture.set_mode(lib.MODE_STRICT)
+    capture.door()
+    with Map(os.path.dirname(capture.pins) + b"/node/doors") as doors:
+        assert sorted(doors.keys(16)) == sorted([packed(link.pod4), packed(link.pod6)])
+        error = ffi.new("char[]", lib.CAPTURE_ERROR_LEN)
+        assert lib.capture_prepare(capture.pins, link.pod6.encode(), error) == 0
+        assert doors.keys(16) == [packed(link.pod6)]
 
 
 def test_a_link_that_ends_elsewhere_has_none(link: Pair, capture: Capture) -> None:
@@ -257,6 +340,9 @@ def test_it_goes_with_the_pod(link: Pair, capture: Capture) -> None:
     assert capture.door() is True
     look = ("nsenter", f"--net={link.outside_path}", "tc", "filter", "show", "dev", "eth0", "ingress")
     assert "door" in run(*look)
+    with Map(os.path.dirname(capture.pins) + b"/node/doors") as doors:
+        for key in doors.keys(16):  # as if an agent had been killed before it had written them
+            doors.delete(key)
     capture.detach()
     assert run(*look) == ""
 

@@ -35,3 +35,23 @@ def test_it_ends_although_the_engine_goes_at_the_same_moment(tmp_path: Path, tur
             assert ended
 
     asyncio.run(work())
+
+
+def test_it_comes_back_after_the_engine_went(tmp_path: Path) -> None:
+    """Again and again, whatever state the connection was in."""
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as server:
+            server.bind(str(tmp_path / "engine.sock"))
+            server.listen(8)
+            task = loop.create_task(Engine(tmp_path / "engine.sock", connected, lambda: None).run())
+            for _ in range(5):
+                accepted, _ = await asyncio.wait_for(loop.sock_accept(server), 20)
+                await loop.sock_recv(accepted, 65536)
+                accepted.close()
+            task.cancel()
+            await asyncio.wait({task}, timeout=20)
+            assert task.cancelled()
+
+    asyncio.run(work())

@@ -142,9 +142,10 @@ class Engine:
                     log.event("engine_unreachable", socket=self._path, error=err, hint="is sidestep engine running?")
                     complained = True
             else:
-                if await self._once(connection):
+                # A task group whose task has failed forgets that it was cancelled too (until Python 3.13), so it has a
+                # task of its own; this one knows.
+                if await asyncio.create_task(self._once(connection), name="engine connection"):
                     wait_s, complained = RETRY_FIRST_S, False
-                # A task group whose task has failed forgets that it was cancelled too (until Python 3.13).
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise asyncio.CancelledError
