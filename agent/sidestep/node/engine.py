@@ -142,13 +142,11 @@ class Engine:
                     log.event("engine_unreachable", socket=self._path, error=err, hint="is sidestep engine running?")
                     complained = True
             else:
-                # A task group whose task has failed forgets that it was cancelled too (until Python 3.13), so it has a
-                # task of its own; this one knows.
-                if await asyncio.create_task(self._once(connection), name="engine connection"):
+                # A task group whose task has failed forgets that it was cancelled too (until Python 3.13); gather, which
+                # gives it a task of its own, does not.
+                (answered,) = await asyncio.gather(self._once(connection))
+                if answered:
                     wait_s, complained = RETRY_FIRST_S, False
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise asyncio.CancelledError
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 1.2, RETRY_LAST_S)
 
