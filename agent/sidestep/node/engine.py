@@ -142,8 +142,8 @@ class Engine:
                     log.event("engine_unreachable", socket=self._path, error=err, hint="is sidestep engine running?")
                     complained = True
             else:
-                # A task group whose task has failed forgets that it was cancelled too (until Python 3.13); gather, which
-                # gives it a task of its own, does not.
+                # A task group whose task has failed forgets that it was cancelled too (until Python 3.13); gather,
+                # which gives it a task of its own, does not.
                 (answered,) = await asyncio.gather(self._once(connection))
                 if answered:
                     wait_s, complained = RETRY_FIRST_S, False
