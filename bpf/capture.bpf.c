@@ -399,12 +399,18 @@ static __always_inline struct vouch_slot *slot_of(__u32 slot, __u32 generation)
         return s && generation && *(volatile __u32 *)&s->generation == generation ? s : NULL;
 }
 
-/* The interface of the door of the pod with this address, 0: it has none. */
-static __always_inline __u32 door_of(const __u8 *address)
+/* The door of the pod with this address, NULL: it has none. */
+static __always_inline struct capture_door_of *door_at(const __u8 *address)
 {
         struct capture_address key;
         __builtin_memcpy(key.ip, address, 16);
-        struct capture_door_of *d = bpf_map_lookup_elem(&doors, &key);
+        return bpf_map_lookup_elem(&doors, &key);
+}
+
+/* Its interface, or 0. */
+static __always_inline __u32 door_of(const __u8 *address)
+{
+        struct capture_door_of *d = door_at(address);
         return d ? d->ifindex : 0;
 }
 
@@ -654,29 +660,36 @@ static __always_inline int decide(struct __sk_buff *skb, struct bpf_sock *sk, st
         return turn(skb);
 }
 
-/* Is it a plain segment in the middle of a connection, headers where the kernel puts them? What it says of it. */
-static __always_inline bool in_the_middle(struct __sk_buff *skb, struct packet *p)
+/* The TCP header of a packet whose headers are where the kernel puts them: no tag, fragment, option or extension. */
+static __always_inline struct tcphdr *plain_tcp(struct __sk_buff *skb, void *data, void *end)
 {
-        void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
         struct ethhdr *eth = data;
         struct tcphdr *tcp;
         if ((void *)(eth + 1) > end || skb->vlan_present)
-                return false;
+                return NULL;
         if (eth->h_proto == bpf_htons(ETH_P_IP)) {
                 struct iphdr *ip = (void *)(eth + 1);
                 if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
                     ip->frag_off & bpf_htons(0x3fff))
-                        return false;
+                        return NULL;
                 tcp = (void *)(ip + 1);
         } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
                 struct ipv6hdr *ip = (void *)(eth + 1);
                 if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
-                        return false;
+                        return NULL;
                 tcp = (void *)(ip + 1);
         } else {
-                return false;
+                return NULL;
         }
-        if ((void *)(tcp + 1) > end || tcp->syn || tcp->fin || tcp->rst)
+        return (void *)(tcp + 1) <= end ? tcp : NULL;
+}
+
+/* Is it a plain segment in the middle of a connection? What it says of it. */
+static __always_inline bool in_the_middle(struct __sk_buff *skb, struct packet *p)
+{
+        void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+        struct tcphdr *tcp = plain_tcp(skb, data, end);
+        if (!tcp || tcp->syn || tcp->fin || tcp->rst)
                 return false;
         __u32 headers = (__u32)((void *)tcp - data) + tcp->doff * 4;
         p->seq = bpf_ntohl(tcp->seq);
@@ -804,28 +817,19 @@ static __always_inline int through(struct __sk_buff *skb, __u32 ifindex)
 static __always_inline bool is_own(struct __sk_buff *skb, struct bpf_sock *sk)
 {
         void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-        struct ethhdr *eth = data;
-        struct tcphdr *tcp;
-        if ((void *)(eth + 1) > end || skb->vlan_present)
+        struct tcphdr *tcp = plain_tcp(skb, data, end);
+        if (!tcp || bpf_ntohs(tcp->source) != sk->src_port || tcp->dest != sk->dst_port)
                 return false;
+        struct ethhdr *eth = data;
         if (eth->h_proto == bpf_htons(ETH_P_IP)) {
                 struct iphdr *ip = (void *)(eth + 1);
-                if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_TCP || ip->ihl != 5 ||
-                    ip->frag_off & bpf_htons(0x3fff) || ip->saddr != sk->src_ip4 || ip->daddr != sk->dst_ip4)
-                        return false;
-                tcp = (void *)(ip + 1);
-        } else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
-                struct ipv6hdr *ip = (void *)(eth + 1);
-                if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_TCP)
-                        return false;
-                for (int i = 0; i < 4; i++)
-                        if (ip->saddr.s6_addr32[i] != sk->src_ip6[i] || ip->daddr.s6_addr32[i] != sk->dst_ip6[i])
-                                return false;
-                tcp = (void *)(ip + 1);
-        } else {
-                return false;
+                return ip->saddr == sk->src_ip4 && ip->daddr == sk->dst_ip4;
         }
-        return (void *)(tcp + 1) <= end && bpf_ntohs(tcp->source) == sk->src_port && tcp->dest == sk->dst_port;
+        struct ipv6hdr *ip = (void *)(eth + 1);
+        for (int i = 0; i < 4; i++)
+                if (ip->saddr.s6_addr32[i] != sk->src_ip6[i] || ip->daddr.s6_addr32[i] != sk->dst_ip6[i])
+                        return false;
+        return true;
 }
 
 SEC("tc")
@@ -833,7 +837,6 @@ int door(struct __sk_buff *skb)
 {
         struct packet p = {};
         struct capture_tuple t;
-        struct capture_address key;
         struct bpf_sock *full = NULL, *sk = skb->sk; /* a veth leaves the packet its socket */
         if (sk) {
                 full = bpf_sk_fullsock(sk);
@@ -853,8 +856,7 @@ int door(struct __sk_buff *skb)
         tuple_of(&p, &t);
         if (t.local_port == CAPTURE_HBONE_PORT || t.remote_port == CAPTURE_HBONE_PORT)
                 return TC_ACT_UNSPEC;
-        __builtin_memcpy(key.ip, t.remote, 16);
-        struct capture_door_of *to = bpf_map_lookup_elem(&doors, &key);
+        struct capture_door_of *to = door_at(t.remote);
         if (!to || door_of(t.local) != skb->ifindex) /* who speaks for another pod goes no short way */
                 return TC_ACT_UNSPEC;
         __u32 zero = 0, *ask = bpf_map_lookup_elem(&doors_asking, &zero);

@@ -463,20 +463,11 @@ static void denied(struct flow *f, const struct pod *at, const struct workload *
 static bool dry_ran(struct flow *f, const struct workload *dst, const char *policy)
 {
         struct worker *w = f->w;
-        char src[ENDPOINT_STRLEN], to[ENDPOINT_STRLEN];
-        const char *who = caller(f);
-        uint64_t which = policy ? hash_bytes(policy, strlen(policy), 0) | 1 : 0;
-        bool news = which && which != f->dry_run;
-        f->dry_run = which;
-        if (!news)
+        if (!denial_is_news(&f->dry_run, policy))
                 return false;
         denials_dry_run(w->engine->denials, w->index, policy, dst);
         if (event_log_room(w->engine->event, w->ev))
-                event_log(w->engine->event, w->ev, "info",
-                          "dry run would deny src.addr=%s%s%.255s%s dst.addr=%s dst.workload=\"%.255s\" "
-                          "dst.namespace=\"%.255s\" policy=\"%.255s\"",
-                          endpoint_format(&f->src, src), who ? " src.identity=\"" : "", who ? who : "", who ? "\"" : "",
-                          endpoint_format(&f->app, to), dst->name, dst->namespace_, policy);
+                event_dry_run(w->engine->event, w->ev, &f->src, caller(f), &f->app, dst, policy);
         return true;
 }
 

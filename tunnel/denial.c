@@ -112,6 +112,14 @@ void denials_add(struct denials *all, unsigned writer, const struct denial *what
         pthread_mutex_unlock(&d->lock);
 }
 
+bool denial_is_news(uint64_t *told, const char *policy)
+{
+        uint64_t which = policy ? hash_bytes(policy, strlen(policy), 0) | 1 : 0;
+        bool news = which && which != *told;
+        *told = which;
+        return news;
+}
+
 void denials_dry_run(struct denials *all, unsigned writer, const char *policy, const struct workload *w)
 {
         struct writer *d = &all->writer[writer];

@@ -23,6 +23,8 @@ void denials_free(struct denials *d);
 void denials_add(struct denials *d, unsigned writer, const struct denial *what);
 /* A dry run would have denied: counted only. */
 void denials_dry_run(struct denials *d, unsigned writer, const char *policy, const struct workload *w);
+/* Whether the policy of a dry run that would deny (NULL: none) is another one than *told, which becomes it. */
+bool denial_is_news(uint64_t *told, const char *policy);
 /* sidestep_policy_denied_total and sidestep_policy_dry_run_denied_total as Prometheus text. */
 int denials_metrics(struct denials *d, int fd);
 /* A JSON array, the newest last. */

@@ -566,6 +566,17 @@ void event_log(struct event *e, struct event_worker *w, const char *level, const
         va_end(ap);
 }
 
+void event_dry_run(struct event *e, struct event_worker *w, const struct endpoint *src, const char *who,
+                   const struct endpoint *dst, const struct workload *to, const char *policy)
+{
+        char from[ENDPOINT_STRLEN], at[ENDPOINT_STRLEN];
+        event_log(e, w, "info",
+                  "dry run would deny src.addr=%s%s%.255s%s dst.addr=%s dst.workload=\"%.255s\" "
+                  "dst.namespace=\"%.255s\" policy=\"%.255s\"",
+                  endpoint_format(src, from), who ? " src.identity=\"" : "", who ? who : "", who ? "\"" : "",
+                  endpoint_format(dst, at), to->name, to->namespace_, policy);
+}
+
 bool event_log_room(struct event *e, struct event_worker *w)
 {
         return log_room(e->log, w->number);

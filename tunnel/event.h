@@ -88,6 +88,9 @@ void event_log(struct event *e, struct event_worker *w, const char *level, const
 
 /* False: a line of this worker would find no room and was counted; for lines that cost much to make. */
 bool event_log_room(struct event *e, struct event_worker *w);
+/* The line about a connection that a dry run would deny. who: NULL has no identity. */
+void event_dry_run(struct event *e, struct event_worker *w, const struct endpoint *src, const char *who,
+                   const struct endpoint *dst, const struct workload *to, const char *policy);
 
 /* Prometheus text, HELP and TYPE included. */
 int event_metrics(struct event *e, int fd);

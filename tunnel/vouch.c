@@ -384,6 +384,12 @@ static void unbind_source(struct allowance *a)
         a->source = NULL;
 }
 
+/* NULL: the slot, which the kernel's side may have named, is nobody's. With the lock held. */
+static struct allowance *allowance_of(struct vouch *v, uint32_t slot)
+{
+        return slot < VOUCH_MAX_SLOTS ? v->by_slot[slot] : NULL;
+}
+
 /* slot: it may be given to another pair. */
 static void allowance_free(struct vouch *v, struct allowance *a, bool slot)
 {
@@ -755,7 +761,7 @@ static bool look(struct vouch *v, struct sights *s, struct member **seen)
                 all &= m->fates >= 0 && look_at(v, m->pod, m->fates, s);
         pthread_mutex_lock(&v->lock);
         for (size_t i = 0; i < s->n; i++) {
-                struct allowance *a = s->at[i].flow.slot < VOUCH_MAX_SLOTS ? v->by_slot[s->at[i].flow.slot] : NULL;
+                struct allowance *a = allowance_of(v, s->at[i].flow.slot);
                 if (a)
                         a->live[s->at[i].flow.opened ? 0 : 1]++;
         }
@@ -778,7 +784,7 @@ static void forget(struct sights *s, struct member *seen)
 
 static void tell_ended(struct vouch *v, struct event_worker *ev, const struct vouch_ended *e)
 {
-        struct allowance *a = e->slot < VOUCH_MAX_SLOTS ? v->by_slot[e->slot] : NULL;
+        struct allowance *a = allowance_of(v, e->slot);
         char src[ENDPOINT_STRLEN], dst[ENDPOINT_STRLEN];
         if (!a || a->generation != e->generation)
                 return;
@@ -921,7 +927,7 @@ void vouch_each(struct vouch *v, void (*each)(void *arg, const struct vouch_seen
         pthread_mutex_lock(&v->lock);
         for (size_t i = 0; i < s.n; i++) {
                 const struct vouch_flow *f = &s.at[i].flow;
-                struct allowance *a = f->slot < VOUCH_MAX_SLOTS ? v->by_slot[f->slot] : NULL;
+                struct allowance *a = allowance_of(v, f->slot);
                 /* Of two ends the one that opened it; the other where that one has left the mesh. */
                 if (!a || (!f->opened && a->source))
                         continue;
@@ -1108,7 +1114,7 @@ static void finish(struct vouch *v, const bool *gone, const struct mesh_view *vi
         pthread_mutex_lock(&v->lock);
         for (size_t i = 0; i < s.n; i++) {
                 const struct vouch_flow *f = &s.at[i].flow;
-                struct allowance *a = f->slot < VOUCH_MAX_SLOTS ? v->by_slot[f->slot] : NULL;
+                struct allowance *a = allowance_of(v, f->slot);
                 struct rbac_verdict verdict;
                 char reason[320];
                 if (!a || !gone[f->slot])
@@ -1140,11 +1146,7 @@ static void finish(struct vouch *v, const bool *gone, const struct mesh_view *vi
 /* Whether a dry run would deny the pair that the flows of its slot were not told of. With the lock held. */
 static bool dry_ran(struct allowance *a, const struct rbac_verdict *verdict)
 {
-        const char *policy = verdict->allow ? verdict->dry_run : NULL;
-        uint64_t which = policy ? hash_bytes(policy, strlen(policy), 0) | 1 : 0;
-        bool news = which && which != a->dry_run;
-        a->dry_run = which;
-        return news;
+        return denial_is_news(&a->dry_run, verdict->allow ? verdict->dry_run : NULL);
 }
 
 /* One line and one more of the counter for each open flow that a dry run would deny, as for those that the engine
@@ -1158,10 +1160,9 @@ static void tell_dry_run(struct vouch *v, const struct mesh_view *view, const bo
         pthread_mutex_lock(&v->lock);
         for (size_t i = 0; i < s.n; i++) {
                 const struct vouch_flow *f = &s.at[i].flow;
-                struct allowance *a = f->slot < VOUCH_MAX_SLOTS ? v->by_slot[f->slot] : NULL;
+                struct allowance *a = allowance_of(v, f->slot);
                 const struct workload *dst = a ? view_workload(view, a->dst_uid) : NULL;
                 struct rbac_verdict verdict;
-                char src[ENDPOINT_STRLEN], to[ENDPOINT_STRLEN];
                 if (!dst || !dry[f->slot] || !f->opened)
                         continue;
                 judge(v, view, a, &verdict);
@@ -1169,11 +1170,7 @@ static void tell_dry_run(struct vouch *v, const struct mesh_view *view, const bo
                         continue;
                 struct endpoint from = {.addr = a->src, .port = f->local_port};
                 denials_dry_run(v->engine->denials, v->engine->nworkers, verdict.dry_run, dst);
-                event_log(v->engine->event, NULL, "info",
-                          "dry run would deny src.addr=%s src.identity=\"%.255s\" dst.addr=%s dst.workload=\"%.255s\" "
-                          "dst.namespace=\"%.255s\" policy=\"%.255s\"",
-                          endpoint_format(&from, src), a->src_identity, endpoint_format(&a->dst, to), dst->name,
-                          dst->namespace_, verdict.dry_run);
+                event_dry_run(v->engine->event, NULL, &from, a->src_identity, &a->dst, dst, verdict.dry_run);
         }
         pthread_mutex_unlock(&v->lock);
         forget(&s, seen);

@@ -194,20 +194,7 @@ def test_nobody_speaks_for_another_pod_at_a_door(tmp_path: Path, family: int) ->
 def test_a_socket_of_one_device_is_the_engines(world: World, application: socket.socket) -> None:
     """The other end's door would not find it."""
     world.allow(application)
-    captured = world.counter(world.client, "to_outbound")
-
-    def bound() -> socket.socket:
-        made = socket.socket(socket.AF_INET6 if world.family == 6 else socket.AF_INET)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
-        made.settimeout(20)
-        made.connect((world.address, PORT))
-        return made
-
-    client = inside(world.client.path, bound)
-    served, _ = application.accept()
-    talk(client, served)
-    assert world.counter(world.client, "to_outbound") == captured + 1
-    closed(client, served)
+    world.with_option(application, socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
 
 
 def test_a_pod_that_makes_its_packets_anothers_gets_no_mark(world: World, application: socket.socket) -> None:

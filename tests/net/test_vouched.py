@@ -87,6 +87,18 @@ class World:
         assert (self.handed(), self.counter(self.client, "to_outbound")) == (before, captured + 1)
         return client, served
 
+    def with_option(self, application: socket.socket, level: int, name: int, value: bytes) -> None:
+        """A connection of a client that sets this option is none."""
+        captured = self.counter(self.client, "to_outbound")
+        client = self.client_socket()
+        client.settimeout(20)
+        client.setsockopt(level, name, value)
+        client.connect((self.address, application.getsockname()[1]))
+        served, _ = application.accept()
+        talk(client, served)
+        assert self.counter(self.client, "to_outbound") == captured + 1
+        closed(client, served)
+
     def allow(self, application: socket.socket) -> None:
         """The first connection of the pair, and one more as the control."""
         for made in (self.by_engine(application), self.native(application)):
@@ -697,19 +709,7 @@ def test_ip_options_are_the_engines(world: World, application: socket.socket) ->
     if world.family == 6:
         return  # headers between IPv6 and TCP are dropped (tests/net/test_bypass.py)
 
-    def make() -> socket.socket:
-        made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        made.settimeout(20)
-        made.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"\x01\x01\x01\x00")
-        made.connect((world.address, PORT))
-        return made
-
-    captured = world.counter(world.client, "to_outbound")
-    client = inside(world.client.path, make)
-    served, _ = application.accept()
-    talk(client, served)
-    assert world.counter(world.client, "to_outbound") == captured + 1
-    closed(client, served)
+    world.with_option(application, socket.IPPROTO_IP, socket.IP_OPTIONS, b"\x01\x01\x01\x00")
 
 
 def test_without_room_for_an_allowance_it_is_the_engines(world: World, application: socket.socket) -> None:
