@@ -42,6 +42,9 @@
 #define KEEN_SPAN 16
 #define KEEN_LOOKS 224 /* nearly all: where every second wait is long, looking costs as much again as the work */
 #define CREDIT_NS (10 * 1000 * 1000)
+#define STREAM_BYTES (32 << 10)
+#define STREAM_TURNS 16
+#define GATHER_US 200
 
 static const uint64_t lengths_ms[TIMER_LENGTHS] = {
         [TIMER_1S] = 1000,   [TIMER_5S] = 5000,     [TIMER_10S] = 10000,  [TIMER_15S] = 15000,
@@ -214,11 +217,20 @@ static int look(struct worker *w, struct epoll_event *events, uint64_t now_ns)
 /* What a wait says about the next one: short, after a turn of little work, or not. */
 static void learn(struct worker *w, uint64_t waited_ns, bool slept)
 {
-        bool pays = w->ran <= FEW_FLOWS && w->moved <= FEW_BYTES &&
+        bool pays = w->ran <= FEW_FLOWS && w->moved[0] + w->moved[1] <= FEW_BYTES &&
                     waited_ns <= (LOOK_US + (slept ? WAKE_US : 0)) * 1000ull;
         w->keen += ((pays ? KEEN_MOST : 0) - w->keen) / KEEN_SPAN;
+        size_t moved = w->moved[0] + w->moved[1];
+        bool stream = moved >= STREAM_BYTES && moved / STREAM_BYTES >= (size_t)w->ran && !(w->moved[0] && w->moved[1]);
+        w->streamed = stream ? w->streamed + 1 : 0;
         w->ran = 0;
-        w->moved = 0;
+        w->moved[0] = w->moved[1] = 0;
+}
+
+/* Lets more of a stream come, without being woken for each piece of it. */
+static void gather(void)
+{
+        nanosleep(&(struct timespec){.tv_nsec = GATHER_US * 1000}, NULL);
 }
 
 /* The next events, at most `ms` milliseconds from now; sets the worker's clock. */
@@ -227,6 +239,11 @@ static int await(struct worker *w, struct epoll_event *events, int ms)
         uint64_t began = clock_ns(CLOCK_MONOTONIC);
         int n = ms && w->keen >= KEEN_LOOKS ? look(w, events, began) : 0;
         bool slept = n == 0 && ms;
+        if (ms && w->streamed >= STREAM_TURNS) {
+                n = epoll_wait(w->epoll, events, EVENTS, 0);
+                if (n == 0)
+                        gather();
+        }
         if (n == 0)
                 n = epoll_wait(w->epoll, events, EVENTS, ms);
         uint64_t now = clock_ns(CLOCK_MONOTONIC);

@@ -101,7 +101,8 @@ struct worker {
         uint64_t now_ms, busy_ms, random; /* busy_ms: when events came last */
         /* Whether to look before a sleep: see loop.c. Of this turn: flows that were run, bytes that they moved. */
         int keen, ran;
-        size_t moved;
+        size_t moved[2];   /* from the application, and to it */
+        unsigned streamed; /* turns in a row that moved much, one way */
         int64_t credit_ns; /* CPU that it may spend on looking */
         uint64_t cpu_ns;   /* its own, when it looked last */
 
