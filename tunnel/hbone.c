@@ -721,8 +721,6 @@ static void digest(struct tun *t)
         while (t->state == TUN_OPEN) {
                 const uint8_t *plain;
                 int n = tls_read(&t->tls, &plain);
-                if (t->tls.out.len)
-                        tun_mark_dirty(t); /* the answer to a KeyUpdate */
                 if (n == 0)
                         return;
                 if (n < 0) {

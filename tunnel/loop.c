@@ -51,6 +51,7 @@
 #define STREAM_BYTES (32 << 10) /* in a turn, for each flow that was run */
 #define STREAM_TURNS 32
 #define GATHER_US 200
+#define STREAM_GAP_NS (20 * 1000 * 1000) /* a wait of that length ends a stream: who comes then has no part in it */
 
 static const uint64_t lengths_ms[TIMER_LENGTHS] = {
         [TIMER_1S] = 1000,   [TIMER_5S] = 5000,     [TIMER_10S] = 10000,  [TIMER_15S] = 15000,
@@ -233,6 +234,8 @@ static void learn(struct worker *w, uint64_t waited_ns, bool slept)
                 w->streamed = much && !w->moved[!back] && back == w->back ? w->streamed + 1 : 0;
                 w->back = back;
         }
+        if (waited_ns > STREAM_GAP_NS)
+                w->streamed = 0;
         w->ran = 0;
         w->moved[0] = w->moved[1] = 0;
 }

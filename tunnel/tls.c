@@ -16,9 +16,10 @@
  * both directions: a server without tickets has sent nothing under these keys. If any of that were not so, the first
  * record would not open and the connection fail.
  *
- * What remains of TLS then (RFC 8446 4.6, 5, 6): KeyUpdate, which is answered and sent every 2^23 records (below the
- * limit of 5.5); tickets, which are thrown away; alerts. All else ends the connection with an alert, as do 32 records
- * in a row that bring no data.
+ * What remains of TLS then (RFC 8446 4.6, 5, 6): KeyUpdate, which is sent every 2^23 records (below the limit of 5.5)
+ * and answered before the next data, once, however often it came: a peer that asks and does not read must not fill
+ * `out`; tickets of a server, which are thrown away; alerts. All else ends the connection with an alert, as do 32
+ * records in a row that bring no data. A client that wants smaller records (RFC 6066 4; OpenSSL agrees) gets them.
  */
 #include <errno.h>
 #include <openssl/err.h>
@@ -31,7 +32,7 @@
 
 #define KEY_UPDATE_RECORDS (1u << 23)
 #define IDLE_MOST 32
-#define MESSAGE_MOST 17000 /* a ticket of a peer; none is sent to us that we asked for */
+#define MESSAGE_MOST 131338 /* a ticket of greatest length: servers put the client's chain into it */
 
 static BIO_METHOD *method;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -297,7 +298,7 @@ bool identity_trusts(const struct identity *i, const uint8_t root[TLS_DIGEST])
 int tls_open(struct tls *t, struct identity *i, bool server)
 {
         pthread_once(&once, make_method);
-        *t = (struct tls){.ssl = SSL_new(i->ctx)};
+        *t = (struct tls){.ssl = SSL_new(i->ctx), .server = server, .most = RECORD_PLAIN};
         BIO *bio = BIO_new(method);
         if (!t->ssl || !bio) {
                 SSL_free(t->ssl);
@@ -342,6 +343,9 @@ int tls_handshake(struct tls *t)
                 snprintf(t->wrong, sizeof(t->wrong), "no traffic keys from OpenSSL");
                 return -1;
         }
+        unsigned mode = SSL_SESSION_get_max_fragment_length(SSL_get0_session(t->ssl));
+        if (mode)
+                t->most = (size_t)256 << mode; /* 512 to 4096 */
         return 1;
 }
 
@@ -386,14 +390,15 @@ static int fail(struct tls *t, int alert)
 static int alerted(struct tls *t, const struct content *c)
 {
         if (c->n != 2)
-                return fail(t, TLS1_AD_DECODE_ERROR);
+                return fail(t, c->n ? TLS1_AD_DECODE_ERROR : SSL3_AD_UNEXPECTED_MESSAGE);
         if (c->bytes[1] == TLS1_AD_USER_CANCELLED)
                 return 0;
         if (c->bytes[1] == SSL3_AD_CLOSE_NOTIFY) {
                 t->ended = true;
                 return -1;
         }
-        snprintf(t->wrong, sizeof(t->wrong), "peer: %s", SSL_alert_desc_string_long(c->bytes[1]));
+        snprintf(t->wrong, sizeof(t->wrong), "peer: %s (%u)", SSL_alert_desc_string_long(c->bytes[1]),
+                 c->bytes[1]); /* OpenSSL 3.0 has no name for certificate_required */
         t->failed = true;
         return -2;
 }
@@ -401,6 +406,7 @@ static int alerted(struct tls *t, const struct content *c)
 static bool update_key(struct tls *t)
 {
         static const uint8_t message[] = {SSL3_MT_KEY_UPDATE, 0, 0, 1, SSL_KEY_UPDATE_NOT_REQUESTED};
+        t->asked = false;
         return record_seal(&t->tx, &t->out, CONTENT_HANDSHAKE, message, sizeof(message)) && traffic_update(&t->tx);
 }
 
@@ -414,7 +420,7 @@ static int post_handshake(struct tls *t, const struct content *c)
         while (t->message.len >= 4) {
                 const uint8_t *m = buf_at(&t->message);
                 size_t n = (size_t)m[1] << 16 | (size_t)m[2] << 8 | m[3];
-                if (m[0] != SSL3_MT_NEWSESSION_TICKET && m[0] != SSL3_MT_KEY_UPDATE)
+                if (m[0] != SSL3_MT_KEY_UPDATE && (m[0] != SSL3_MT_NEWSESSION_TICKET || t->server))
                         return SSL3_AD_UNEXPECTED_MESSAGE;
                 if (n > MESSAGE_MOST)
                         return SSL3_AD_ILLEGAL_PARAMETER;
@@ -427,8 +433,10 @@ static int post_handshake(struct tls *t, const struct content *c)
                                 return SSL3_AD_ILLEGAL_PARAMETER;
                         if (t->message.len > 5) /* the next record has another key */
                                 return SSL3_AD_UNEXPECTED_MESSAGE;
-                        if (!traffic_update(&t->rx) || (m[4] == SSL_KEY_UPDATE_REQUESTED && !update_key(t)))
+                        if (!traffic_update(&t->rx))
                                 return TLS1_AD_INTERNAL_ERROR;
+                        if (m[4] == SSL_KEY_UPDATE_REQUESTED)
+                                t->asked = true;
                 }
                 buf_take(&t->message, 4 + n);
         }
@@ -480,16 +488,24 @@ int tls_read(struct tls *t, const uint8_t **plain)
         return -2;
 }
 
+/* One record, under a new key where one is due. */
+static bool put(struct tls *t, const uint8_t *plain, size_t n, uint64_t *key_updates)
+{
+        bool due = t->tx.records >= KEY_UPDATE_RECORDS;
+        if ((due || t->asked) && !update_key(t))
+                return false;
+        *key_updates += due;
+        return record_seal(&t->tx, &t->out, CONTENT_DATA, plain, n);
+}
+
 int tls_write(struct tls *t, const void *plain, size_t n, uint64_t *key_updates)
 {
-        if (t->failed)
-                return -1;
-        if (t->tx.records >= KEY_UPDATE_RECORDS) {
-                if (!update_key(t))
-                        return -1;
-                (*key_updates)++;
+        const uint8_t *at = plain;
+        for (size_t part; n > 0 && !t->failed; at += part, n -= part) {
+                part = n < t->most ? n : t->most;
+                t->failed = !put(t, at, part, key_updates);
         }
-        return record_seal(&t->tx, &t->out, CONTENT_DATA, plain, n) ? 0 : -1;
+        return t->failed ? -1 : 0;
 }
 
 void tls_end(struct tls *t)

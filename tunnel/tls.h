@@ -30,7 +30,9 @@ struct tls {
         struct buf message; /* of the handshake's kind, not whole yet */
         size_t opened;      /* bytes of `in` that tls_read() has given away */
         unsigned idle;      /* records without data, one after the other */
-        bool failed, ended;
+        size_t most;        /* content of a record that we send */
+        bool server, failed, ended;
+        bool asked;     /* the peer wants new keys of us, before the next data */
         char wrong[48]; /* what failed after the handshake */
 };
 
@@ -53,7 +55,8 @@ void tls_settle(struct tls *t);
 /* The next plaintext, where it is in `in`, until the next call. > 0: its bytes; 0: none now; -1: the peer ended in
  * order; -2: failed. Output may be waiting in every case. */
 int tls_read(struct tls *t, const uint8_t **plain);
-/* One record of at most RECORD_PLAIN bytes into out. -1: failed. *key_updates is counted up. */
+/* At most RECORD_PLAIN bytes into out: one record, more for a peer that asked for smaller ones. -1: failed.
+ * *key_updates counts the changes of keys that we began. */
 int tls_write(struct tls *t, const void *plain, size_t n, uint64_t *key_updates);
 /* close_notify. */
 void tls_end(struct tls *t);

@@ -8,7 +8,8 @@
  * will be sent, and opened in the buffer that they came in. docs/decisions/0018 has the figures.
  *
  * A nonce is the direction's IV with the count of its records under it (5.3). It is taken before anything is sealed,
- * so that an error cannot use it twice. Nothing of a record is looked at before its tag was compared.
+ * so that an error cannot use it twice. A change of keys that fails leaves none: the old one would count anew. Nothing
+ * of a record is looked at before its tag was compared.
  */
 #include <openssl/core_names.h>
 #include <openssl/kdf.h>
@@ -52,7 +53,13 @@ static bool expand(const struct traffic *t, const char *label, uint8_t *to, size
         return good;
 }
 
-/* Key and IV of the secret that is there. */
+void traffic_free(struct traffic *t)
+{
+        EVP_CIPHER_CTX_free(t->cipher);
+        OPENSSL_cleanse(t, sizeof(*t));
+}
+
+/* Key and IV of the secret that is there; none if that fails. */
 static bool rekey(struct traffic *t)
 {
         uint8_t key[32];
@@ -60,8 +67,10 @@ static bool rekey(struct traffic *t)
         bool good = cipher && expand(t, "key", key, t->size == 48 ? 32 : 16) && expand(t, "iv", t->iv, sizeof(t->iv)) &&
                     EVP_CipherInit_ex2(t->cipher, cipher, key, NULL, t->sealing, NULL) == 1;
         OPENSSL_cleanse(key, sizeof(key));
+        if (!good)
+                return traffic_free(t), false;
         t->records = 0;
-        return good;
+        return true;
 }
 
 bool traffic_set(struct traffic *t, const uint8_t *secret, unsigned size, bool sealing)
@@ -84,13 +93,9 @@ bool traffic_update(struct traffic *t)
         if (good)
                 memcpy(t->secret, next, t->size);
         OPENSSL_cleanse(next, sizeof(next));
+        if (!good)
+                traffic_free(t);
         return good && rekey(t);
-}
-
-void traffic_free(struct traffic *t)
-{
-        EVP_CIPHER_CTX_free(t->cipher);
-        OPENSSL_cleanse(t, sizeof(*t));
 }
 
 /* The next nonce, and the header as additional data. */
@@ -98,6 +103,8 @@ static bool begin(struct traffic *t, const uint8_t header[HEADER])
 {
         uint8_t nonce[sizeof(t->iv)];
         int n;
+        if (!t->cipher)
+                return false;
         memcpy(nonce, t->iv, sizeof(nonce));
         for (unsigned i = 0; i < 8; i++)
                 nonce[sizeof(nonce) - 1 - i] ^= (uint8_t)(t->records >> 8 * i);

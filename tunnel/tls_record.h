@@ -29,7 +29,7 @@ struct content {
 /* Keys from a traffic secret (RFC 8446 7.3), for AES-128-GCM with 32 bytes, AES-256-GCM with 48. false: not that, or no
  * memory. */
 bool traffic_set(struct traffic *t, const uint8_t *secret, unsigned size, bool sealing);
-/* To the next secret (7.2). */
+/* To the next secret (7.2). false: no memory, and no keys are left. */
 bool traffic_update(struct traffic *t);
 /* Wipes them. */
 void traffic_free(struct traffic *t);

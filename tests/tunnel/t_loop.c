@@ -124,6 +124,10 @@ static void test_what_is_a_stream(void **unused)
                 learn(&w, SHORT_NS, true);
                 assert_int_equal(w.streamed, 0);
         }
+        /* it has ended; what comes next, a handshake perhaps, moves nothing that would tell */
+        struct worker w = {.streamed = STREAM_TURNS};
+        learn(&w, STREAM_GAP_NS + 1, true);
+        assert_int_equal(w.streamed, 0);
         for (unsigned n = 0; n < 10 * STREAM_TURNS; n++) { /* messages of much, and answers of as much */
                 static struct worker w;
                 w.ran = 1;

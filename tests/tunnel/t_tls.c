@@ -16,6 +16,34 @@
 
 #define MOST 70000
 
+static int allocations = -1; /* that OpenSSL still gets; < 0: all */
+
+static bool none_left(void)
+{
+        return allocations >= 0 && allocations-- == 0 && (allocations = 0, true);
+}
+
+static void *get(size_t n, const char *file, int line)
+{
+        (void)file, (void)line;
+        return n && !none_left() ? malloc(n) : NULL;
+}
+
+static void *grow(void *block, size_t n, const char *file, int line)
+{
+        (void)file, (void)line;
+        if (n)
+                return none_left() ? NULL : realloc(block, n);
+        free(block);
+        return NULL;
+}
+
+static void give(void *block, const char *file, int line)
+{
+        (void)file, (void)line;
+        free(block);
+}
+
 static uint64_t dice = 20261128;
 
 static unsigned roll(unsigned n)
@@ -71,7 +99,8 @@ static void credentials(char **key_text, char **cert_text)
 struct pair {
         struct tls ours;
         SSL *theirs;
-        BIO *in, *out; /* theirs */
+        BIO *in, *out;    /* theirs */
+        uint8_t fragment; /* what they ask for: a mode of RFC 6066 4, or 0 */
 };
 
 static void carry(struct pair *p)
@@ -111,6 +140,7 @@ static void meet(struct pair *p, struct identity *i, bool server, const char *su
         SSL_CTX_set_num_tickets(ctx, tickets);
         SSL_CTX_set_session_id_context(ctx, (const uint8_t *)"t", 1);
         assert_int_equal(tls_open(&p->ours, i, server), 0);
+        SSL_CTX_set_tlsext_max_fragment_length(ctx, p->fragment);
         p->theirs = SSL_new(ctx);
         SSL_CTX_free(ctx);
         p->in = BIO_new(BIO_s_mem());
@@ -243,6 +273,19 @@ static void test_padding_is_taken_off(void **unused)
         }
 }
 
+/* What a client with little memory asks for is kept to (RFC 6066 4). */
+static void test_small_fragments(void **unused)
+{
+        (void)unused;
+        for (uint8_t mode = 0; mode <= TLSEXT_max_fragment_length_4096; mode++) {
+                struct pair p = {.fragment = mode};
+                meet(&p, id, true, suites[0], 0);
+                for (int n = 0; n < 5; n++)
+                        talk(&p, n ? 1 + roll(MOST) : MOST, 1 << 20);
+                part(&p);
+        }
+}
+
 static void test_ends(void **unused)
 {
         const uint8_t *plain;
@@ -349,7 +392,7 @@ static void part_twin(struct twins *w)
 
 #define TICKET "\x04\0\0\x05\1\2\3\4\5"
 
-/* Content that OpenSSL would not send: what the server reads of it. */
+/* Content that OpenSSL would not send: what the client reads of it, and the server: the same but for tickets. */
 static void test_what_does_not_belong(void **unused)
 {
         static const struct {
@@ -358,7 +401,7 @@ static void test_what_does_not_belong(void **unused)
                         int type;
                         const char *bytes;
                         size_t n;
-                } records[3]; /* of the client, until one without type */
+                } records[3]; /* of the other side, until one without type */
                 int result;
                 const char *error; /* NULL: whatever */
         } cases[] = {
@@ -386,30 +429,66 @@ static void test_what_does_not_belong(void **unused)
                 {"close_notify", {{21, "\1\0", 2}}, -1, NULL},
                 {"close_notify, then data", {{21, "\1\0", 2}, {23, "hello", 5}}, -1, NULL},
                 {"user_canceled", {{21, "\1\x5a", 2}}, 0, NULL},
-                {"another alert", {{21, "\2\x30", 2}}, -2, "peer: unknown CA"},
+                {"another alert", {{21, "\2\x30", 2}}, -2, "peer: unknown CA (48)"},
+                {"an alert that OpenSSL has no name for", {{21, "\2\x74", 2}}, -2, "peer: unknown (116)"},
+                {"an alert without content", {{21, "", 0}}, -2, "unexpected_message"},
                 {"an alert of one byte", {{21, "\1", 1}}, -2, "decode error"},
                 {"two alerts in a record", {{21, "\1\0\1\0", 4}}, -2, "decode error"},
         };
         (void)unused;
-        for (size_t c = 0; c < sizeof(cases) / sizeof(*cases); c++) {
+        for (size_t c = 0; c < 2 * sizeof(cases) / sizeof(*cases); c++) {
                 struct twins w;
                 uint8_t got[64];
                 char text[64];
-                size_t have;
+                size_t have, i = c / 2;
+                struct tls *from = c & 1 ? &w.client : &w.server, *to = c & 1 ? &w.server : &w.client;
+                int expected = cases[i].result;
+                const char *error = cases[i].error;
+                if (c & 1 && cases[i].records[0].type == CONTENT_HANDSHAKE && cases[i].records[0].bytes[0] == 4) {
+                        expected = -2;
+                        error = NULL;
+                }
                 meet_twin(&w);
-                for (int r = 0; r < 3 && (cases[c].records[r].type || cases[c].records[r].n); r++)
-                        assert_true(record_seal(&w.client.tx, &w.client.out, cases[c].records[r].type,
-                                                cases[c].records[r].bytes, cases[c].records[r].n));
-                move(&w.client, &w.server);
-                int result = hear(&w.server, got, sizeof(got), &have);
-                tls_error(&w.server, text, sizeof(text));
-                print_message("%s: %d, %s\n", cases[c].name, result, result == -2 ? text : "no error");
-                assert_int_equal(result, cases[c].result);
-                assert_int_equal(have, c == 0 ? 5 : 0);
-                if (cases[c].error)
-                        assert_string_equal(text, cases[c].error);
+                for (int r = 0; r < 3 && (cases[i].records[r].type || cases[i].records[r].n); r++)
+                        assert_true(record_seal(&from->tx, &from->out, cases[i].records[r].type,
+                                                cases[i].records[r].bytes, cases[i].records[r].n));
+                move(from, to);
+                int result = hear(to, got, sizeof(got), &have);
+                tls_error(to, text, sizeof(text));
+                print_message("%s: %d, %s\n", cases[i].name, result, result == -2 ? text : "no error");
+                assert_int_equal(result, expected);
+                assert_int_equal(have, i == 0 ? 5 : 0);
+                if (error)
+                        assert_string_equal(text, error);
                 /* an error is told, but not to one who told of one */
-                assert_int_equal(w.server.out.len > 0, result == -2 && strncmp(text, "peer", 4) != 0);
+                assert_int_equal(to->out.len > 0, result == -2 && strncmp(text, "peer", 4) != 0);
+                part_twin(&w);
+        }
+}
+
+/* As long as a ticket may be; longer ones are none. */
+static void test_large_tickets(void **unused)
+{
+        static const size_t lengths[] = {20000, 131338, 131339};
+        static uint8_t ticket[4 + 131339];
+        (void)unused;
+        for (unsigned i = 0; i < 3; i++) {
+                struct twins w;
+                const uint8_t *plain;
+                char text[64];
+                size_t len = 4 + lengths[i], n;
+                meet_twin(&w);
+                memcpy(ticket,
+                       (uint8_t[]){4, (uint8_t)(lengths[i] >> 16), (uint8_t)(lengths[i] >> 8), (uint8_t)lengths[i]}, 4);
+                for (size_t at = 0; at < len; at += n) {
+                        n = len - at < RECORD_PLAIN ? len - at : RECORD_PLAIN;
+                        assert_true(record_seal(&w.server.tx, &w.server.out, CONTENT_HANDSHAKE, ticket + at, n));
+                }
+                move(&w.server, &w.client);
+                assert_int_equal(tls_read(&w.client, &plain), i == 2 ? -2 : 0);
+                if (i == 2)
+                        assert_string_equal(tls_error(&w.client, text, sizeof(text)), "illegal parameter");
+                assert_int_equal(w.client.message.len == 0, i < 2);
                 part_twin(&w);
         }
 }
@@ -487,30 +566,103 @@ static void test_nothing_for_ever(void **unused)
                         for (int round = 0; round < rounds; round++) {
                                 for (int n = 0; n < most; n++) {
                                         int k = kind == 3 ? n % 3 : kind;
-                                        assert_true(record_seal(&w.client.tx, &w.client.out,
+                                        assert_true(record_seal(&w.server.tx, &w.server.out,
                                                                 k == 0 ? CONTENT_DATA : CONTENT_HANDSHAKE,
                                                                 k == 1 ? TICKET : request,
                                                                 k == 0   ? 0
                                                                 : k == 1 ? 9
                                                                          : 5));
                                         if (k == 2)
-                                                assert_true(traffic_update(&w.client.tx));
+                                                assert_true(traffic_update(&w.server.tx));
                                 }
-                                assert_int_equal(tls_write(&w.client, "x", 1, &updates), 0);
-                                move(&w.client, &w.server);
-                                result = hear(&w.server, got, sizeof(got), &have);
+                                assert_int_equal(tls_write(&w.server, "x", 1, &updates), 0);
+                                move(&w.server, &w.client);
+                                result = hear(&w.client, got, sizeof(got), &have);
                                 if (result == -2)
                                         break;
                                 assert_int_equal(have, 1);
-                                assert_true(w.server.out.len <= 32 * 64);
-                                assert_int_equal(tls_write(&w.server, "y", 1, &updates), 0);
-                                move(&w.server, &w.client);
-                                assert_int_equal(hear(&w.client, got, sizeof(got), &have), 0);
+                                assert_true(w.client.out.len <= 32 * 64);
+                                assert_int_equal(tls_write(&w.client, "y", 1, &updates), 0);
+                                move(&w.client, &w.server);
+                                assert_int_equal(hear(&w.server, got, sizeof(got), &have), 0);
                                 assert_int_equal(have, 1);
                         }
                         assert_int_equal(result, most == 33 ? -2 : 0);
                         part_twin(&w);
                 }
+}
+
+/* Who asks for new keys again and again, and reads nothing, fills no memory: one answer, before the next data. */
+static void test_many_requests_have_one_answer(void **unused)
+{
+        struct twins w;
+        uint8_t got[64], first[48];
+        uint64_t updates = 0;
+        size_t have;
+        (void)unused;
+        meet_twin(&w);
+        memcpy(first, w.server.tx.secret, sizeof(first));
+        for (int n = 0; n < 2000; n++) {
+                new_key(&w.client, true);
+                assert_int_equal(tls_write(&w.client, "x", 1, &updates), 0);
+                move(&w.client, &w.server);
+                assert_int_equal(hear(&w.server, got, sizeof(got), &have), 0);
+                assert_int_equal(have, 1);
+                assert_true(w.server.out.len <= 64);
+        }
+        for (int n = 0; n < 2; n++)
+                assert_int_equal(tls_write(&w.server, "y", 1, &updates), 0);
+        assert_memory_not_equal(w.server.tx.secret, first, 32);
+        assert_int_equal(w.server.tx.records, 2);
+        move(&w.server, &w.client);
+        assert_int_equal(hear(&w.client, got, sizeof(got), &have), 0);
+        assert_int_equal(have, 2);
+        assert_memory_equal(w.server.tx.secret, w.client.rx.secret, 32);
+        assert_int_equal(updates, 0); /* the count is of those that we begin */
+        part_twin(&w);
+}
+
+/* A change of keys that fails at each of its allocations: what was sealed opens in its order, and nothing is sealed
+ * under a key that was to be left, where the count of records could begin anew. */
+static void test_change_of_keys_without_memory(void **unused)
+{
+        (void)unused;
+        for (int asked = 0; asked < 2; asked++) {
+                int result = -1, most = 0;
+                for (; result < 0; most++) {
+                        struct twins w;
+                        uint8_t got[64];
+                        char text[64];
+                        uint64_t updates = 0;
+                        size_t have;
+                        assert_true(most < 1000);
+                        meet_twin(&w);
+                        assert_int_equal(tls_write(&w.server, "x", 1, &updates), 0);
+                        move(&w.server, &w.client);
+                        assert_int_equal(hear(&w.client, got, sizeof(got), &have), 0);
+                        if (asked)
+                                new_key(&w.client, true);
+                        else
+                                w.server.tx.records = w.client.rx.records = 1u << 23;
+                        move(&w.client, &w.server);
+                        allocations = most;
+                        result = hear(&w.server, got, sizeof(got), &have);
+                        if (result == 0)
+                                result = tls_write(&w.server, "y", 1, &updates);
+                        tls_end(&w.server);
+                        allocations = -1;
+                        move(&w.server, &w.client);
+                        int heard = hear(&w.client, got, sizeof(got), &have);
+                        tls_error(&w.client, text, sizeof(text));
+                        assert_string_not_equal(heard == -2 ? text : "", "bad record mac");
+                        assert_int_equal(have, result == 0);
+                        if (result == 0)
+                                assert_int_equal(heard, -1);
+                        part_twin(&w);
+                }
+                print_message("%d allocations\n", most - 1);
+                assert_true(most > 5);
+        }
 }
 
 /* The keys change by themselves before AES-GCM's limit. */
@@ -595,13 +747,23 @@ static int tear_down(void **unused)
 
 int main(void)
 {
+        assert_int_equal(CRYPTO_set_mem_functions(get, grow, give), 1);
         const struct CMUnitTest tests[] = {
-                cmocka_unit_test(test_with_plain_openssl),         cmocka_unit_test(test_padding_is_taken_off),
-                cmocka_unit_test(test_key_update_by_count),        cmocka_unit_test(test_ends),
-                cmocka_unit_test(test_what_changed_on_the_way),    cmocka_unit_test(test_what_does_not_belong),
-                cmocka_unit_test(test_lengths_that_do_not_belong), cmocka_unit_test(test_order),
-                cmocka_unit_test(test_nothing_for_ever),           cmocka_unit_test(test_noise),
+                cmocka_unit_test(test_with_plain_openssl),
+                cmocka_unit_test(test_padding_is_taken_off),
+                cmocka_unit_test(test_key_update_by_count),
+                cmocka_unit_test(test_ends),
+                cmocka_unit_test(test_what_changed_on_the_way),
+                cmocka_unit_test(test_what_does_not_belong),
+                cmocka_unit_test(test_lengths_that_do_not_belong),
+                cmocka_unit_test(test_order),
+                cmocka_unit_test(test_nothing_for_ever),
+                cmocka_unit_test(test_noise),
                 cmocka_unit_test(test_secrets_are_wiped),
+                cmocka_unit_test(test_small_fragments),
+                cmocka_unit_test(test_large_tickets),
+                cmocka_unit_test(test_many_requests_have_one_answer),
+                cmocka_unit_test(test_change_of_keys_without_memory),
         };
         return cmocka_run_group_tests(tests, set_up, tear_down);
 }
