@@ -99,8 +99,10 @@ static void credentials(char **key_text, char **cert_text)
 struct pair {
         struct tls ours;
         SSL *theirs;
-        BIO *in, *out;    /* theirs */
-        uint8_t fragment; /* what they ask for: a mode of RFC 6066 4, or 0 */
+        BIO *in, *out;      /* theirs */
+        uint8_t fragment;   /* what they ask for: a mode of RFC 6066 4, or 0 */
+        const char *groups; /* the only ones they have, or NULL */
+        bool refuses;       /* our certificate, when our handshake is done */
 };
 
 static void carry(struct pair *p)
@@ -136,7 +138,9 @@ static void meet(struct pair *p, struct identity *i, bool server, const char *su
         EVP_PKEY_free(key);
         X509_free(cert);
         SSL_CTX_set_ciphersuites(ctx, suite);
-        SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER, any);
+        SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER, p->refuses ? NULL : any);
+        if (p->groups)
+                assert_int_equal(SSL_CTX_set1_groups_list(ctx, p->groups), 1);
         SSL_CTX_set_num_tickets(ctx, tickets);
         SSL_CTX_set_session_id_context(ctx, (const uint8_t *)"t", 1);
         assert_int_equal(tls_open(&p->ours, i, server), 0);
@@ -161,7 +165,7 @@ static void meet(struct pair *p, struct identity *i, bool server, const char *su
                 assert_int_not_equal(done, -1);
         }
         assert_int_equal(done, 1);
-        assert_int_equal(other, 1);
+        assert_int_equal(other, p->refuses ? -1 : 1);
         assert_string_equal(SSL_get_cipher_name(p->theirs), suite);
         tls_settle(&p->ours);
         assert_int_equal(gcm_contexts(), gcm_libctx() ? 2 : 0); /* both directions are ours, and only of our side */
@@ -284,6 +288,36 @@ static void test_small_fragments(void **unused)
                         talk(&p, n ? 1 + roll(MOST) : MOST, 1 << 20);
                 part(&p);
         }
+}
+
+/* A server that wants another group than the client thought: a second ClientHello. */
+static void test_hello_retry(void **unused)
+{
+        (void)unused;
+        for (int k = 0; k < 2; k++) {
+                struct pair p = {.groups = k ? "P-384" : "X25519"}; /* k == 0: the control, it is the first one */
+                meet(&p, id, false, suites[k], 2);
+                assert_int_equal(SSL_get_negotiated_group(p.theirs), k ? NID_secp384r1 : NID_X25519);
+                for (int n = 0; n < 5; n++)
+                        talk(&p, 1 + roll(MOST), 1 << 20);
+                part(&p);
+        }
+}
+
+/* A client's handshake is done before the server has seen its certificate: what the server says then is its first
+ * record, and the reason that is logged. */
+static void test_a_certificate_that_is_refused(void **unused)
+{
+        struct pair p = {.refuses = true};
+        const uint8_t *plain;
+        char text[64];
+        (void)unused;
+        meet(&p, id, false, suites[0], 0);
+        carry(&p);
+        assert_int_equal(tls_read(&p.ours, &plain), -2);
+        assert_string_equal(tls_error(&p.ours, text, sizeof(text)), "peer: unknown CA (48)");
+        assert_int_equal(p.ours.out.len, 0);
+        part(&p);
 }
 
 static void test_ends(void **unused)
@@ -763,6 +797,8 @@ int main(void)
                 cmocka_unit_test(test_small_fragments),
                 cmocka_unit_test(test_large_tickets),
                 cmocka_unit_test(test_many_requests_have_one_answer),
+                cmocka_unit_test(test_hello_retry),
+                cmocka_unit_test(test_a_certificate_that_is_refused),
                 cmocka_unit_test(test_change_of_keys_without_memory),
         };
         return cmocka_run_group_tests(tests, set_up, tear_down);
