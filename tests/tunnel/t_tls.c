@@ -103,6 +103,7 @@ struct pair {
         uint8_t fragment;   /* what they ask for: a mode of RFC 6066 4, or 0 */
         const char *groups; /* the only ones they have, or NULL */
         bool refuses;       /* our certificate, when our handshake is done */
+        bool hasty;         /* a server that speaks before our Finished */
 };
 
 static void carry(struct pair *p)
@@ -155,6 +156,14 @@ static void meet(struct pair *p, struct identity *i, bool server, const char *su
         else
                 SSL_set_accept_state(p->theirs);
         int done = 0, other = 0;
+        if (p->hasty) {
+                uint8_t early[1];
+                size_t n;
+                assert_int_equal(tls_handshake(&p->ours), 0);
+                carry(p);
+                assert_int_equal(SSL_read_early_data(p->theirs, early, 1, &n), SSL_READ_EARLY_DATA_FINISH);
+                assert_int_equal(SSL_write_early_data(p->theirs, "hasty", 5, &n), 1);
+        }
         for (int turn = 0; turn < 10 && !(done == 1 && other == 1); turn++) {
                 if (other != 1)
                         other = SSL_do_handshake(p->theirs);
@@ -302,6 +311,22 @@ static void test_hello_retry(void **unused)
                         talk(&p, 1 + roll(MOST), 1 << 20);
                 part(&p);
         }
+}
+
+/* A server may speak as soon as it has said Finished (half a round trip early): its first record under these keys. */
+static void test_a_hasty_server(void **unused)
+{
+        struct pair p = {.hasty = true};
+        uint8_t got[64];
+        size_t have;
+        (void)unused;
+        meet(&p, id, false, suites[0], 2);
+        assert_int_equal(hear(&p.ours, got, sizeof(got), &have), 0);
+        assert_int_equal(have, 5);
+        assert_memory_equal(got, "hasty", 5);
+        for (int n = 0; n < 5; n++)
+                talk(&p, 1 + roll(MOST), 1 << 20);
+        part(&p);
 }
 
 /* A client's handshake is done before the server has seen its certificate: what the server says then is its first
@@ -798,6 +823,7 @@ int main(void)
                 cmocka_unit_test(test_large_tickets),
                 cmocka_unit_test(test_many_requests_have_one_answer),
                 cmocka_unit_test(test_hello_retry),
+                cmocka_unit_test(test_a_hasty_server),
                 cmocka_unit_test(test_a_certificate_that_is_refused),
                 cmocka_unit_test(test_change_of_keys_without_memory),
         };
