@@ -104,8 +104,10 @@ int tls_read(struct tls *t, const uint8_t **plain)
 {
         if (t->opened)
                 buf_take(&t->in, t->opened);
-        *plain = buf_at(&t->in);
-        return (int)(t->opened = t->in.len);
+        t->opened = t->in.len;
+        if (t->in.len)
+                *plain = buf_at(&t->in);
+        return (int)t->opened;
 }
 
 int tls_write(struct tls *t, const void *plain, size_t n, uint64_t *key_updates)
