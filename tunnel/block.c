@@ -185,9 +185,13 @@ static void *openssl_grow(void *block, size_t n, const char *file, int line)
         return NULL;
 }
 
+/* Wiped: SSL_free() in 3.0 gives the traffic secrets of an open connection back as they are. Only handshakes and
+ * changes of keys free anything, no record does. */
 static void openssl_free(void *block, const char *file, int line)
 {
         (void)file, (void)line;
+        if (block)
+                OPENSSL_cleanse(block, malloc_usable_size(block));
         block_free(block);
 }
 

@@ -930,7 +930,7 @@ static void count_bytes(struct flow *f, const struct side *from, size_t n)
         else
                 f->received += n;
         f->last_ms = f->w->now_ms;
-        f->w->moved += n;
+        f->w->moved[from->is_b] += n;
 }
 
 /* Socket to socket. Returns bytes moved, or -1 when the flow is dead. */

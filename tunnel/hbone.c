@@ -32,7 +32,7 @@
 #include "hbone.h"
 #include "pod.h"
 
-#define RECORD 16384
+#define RECORD RECORD_PLAIN
 #define DIRECT 4096 /* larger payloads are not copied together with others */
 #define CONNECTION_WINDOW (16 << 20)
 #define EARLY_RESETS                                                                                                   \
@@ -55,7 +55,7 @@ static int stage_seal(struct tun *t)
 {
         if (stage.len == 0)
                 return 0;
-        int result = tls_write(&t->tls, stage.bytes, (int)stage.len, &t->key_updates);
+        int result = tls_write(&t->tls, stage.bytes, stage.len, &t->key_updates);
         stage.len = 0;
         return result;
 }
@@ -116,7 +116,7 @@ static int on_send_data(nghttp2_session *h2, nghttp2_frame *frame, const uint8_t
                 /* sealed from where it is: the header goes into the bytes before it, which are taken */
                 uint8_t *record = payload - 9;
                 memcpy(record, header, 9);
-                if (tls_write(&t->tls, record, (int)length + 9, &t->key_updates) < 0)
+                if (tls_write(&t->tls, record, length + 9, &t->key_updates) < 0)
                         return NGHTTP2_ERR_CALLBACK_FAILURE;
         } else if (stage_add(t, header, 9) < 0 || (length && stage_add(t, payload, length) < 0)) {
                 return NGHTTP2_ERR_CALLBACK_FAILURE;
@@ -594,7 +594,7 @@ void tun_fail(struct tun *t, enum event_flag flag, const char *why)
                 flow_tunnel_lost(f, flag == FLAG_NONE ? FLAG_CONNECT : flag, why);
         }
         t->nstreams = t->nwaiting = 0;
-        if (t->tls.ssl && flag == FLAG_NONE) {
+        if (flag == FLAG_NONE) {
                 tls_end(&t->tls);
                 tun_send(t);
         }
@@ -673,6 +673,7 @@ static void set_ping(struct tun *t)
 static void tun_opened(struct tun *t)
 {
         const char *wrong = check_peer(t);
+        tls_settle(&t->tls);
         event_count(t->w->ev, EV_TLS_HANDSHAKES, 1);
         if (wrong || start_h2(t) < 0) {
                 tun_fail(t, FLAG_TLS_FAILURE, wrong ? wrong : "no memory for HTTP/2");
@@ -702,7 +703,7 @@ static void handshake(struct tun *t)
         if (result == 1) {
                 tun_opened(t);
         } else if (result < 0) {
-                tls_error(text, sizeof(text));
+                tls_error(&t->tls, text, sizeof(text));
                 tun_send(t); /* the alert */
                 char from[ENDPOINT_STRLEN];
                 event_log(t->w->engine->event, t->w->ev, "warn",
@@ -718,26 +719,26 @@ static void digest(struct tun *t)
         if (t->state == TUN_HANDSHAKE)
                 handshake(t);
         while (t->state == TUN_OPEN) {
-                int n = tls_read(&t->tls, t->w->scratch, LOOP_SCRATCH);
+                const uint8_t *plain;
+                int n = tls_read(&t->tls, &plain);
                 if (n == 0)
                         return;
                 if (n < 0) {
                         char text[128];
+                        tun_send(t); /* the alert */
                         if (n == -2)
                                 event_log(t->w->engine->event, t->w->ev, "warn",
                                           "TLS failed pod=\"%s/%s\" error=\"%s\"", t->pod->namespace_, t->pod->name,
-                                          tls_error(text, sizeof(text)));
+                                          tls_error(&t->tls, text, sizeof(text)));
                         tun_fail(t, n == -1 ? FLAG_NONE : FLAG_TLS_FAILURE, n == -1 ? "closed by peer" : "TLS failed");
                         return;
                 }
-                ssize_t taken = nghttp2_session_mem_recv(t->h2, t->w->scratch, (size_t)n);
+                ssize_t taken = nghttp2_session_mem_recv(t->h2, plain, (size_t)n);
                 tun_mark_dirty(t);
                 if (taken != n) {
                         tun_fail(t, FLAG_H2_FAILURE, taken < 0 ? nghttp2_strerror((int)taken) : "HTTP/2 session ended");
                         return;
                 }
-                if (!tls_pending(&t->tls))
-                        return;
         }
 }
 
@@ -850,8 +851,6 @@ void tun_ping(struct tun *t)
                 return;
         }
         bool silent = t->w->now_ms - t->heard_ms >= 10000;
-        if (t->w->now_ms - t->heard_ms >= 5000)
-                tls_rest(&t->tls);
         if (silent && t->pinged && t->w->now_ms - t->heard_ms >= 30000) {
                 tun_fail(t, FLAG_CONNECT, "peer does not answer");
                 return;

@@ -14,6 +14,12 @@
  * and few bytes, speaks for looking, any other against it, so busy workers (whose turns gather more work while they
  * sleep) and idle ones sleep at once. Looking never costs more CPU than the work did.
  *
+ * The other way round a stream. Where the sender is slower than its reader, the reader sleeps after each piece, and
+ * each piece pays for its wake-up, on the sender's processor. A worker whose last turns all moved much and in one
+ * direction therefore pauses before it sleeps, for GATHER_US, in which nothing wakes it and the sockets' buffers fill
+ * (decision 0018). Anything in the other direction, or less than STREAM_BYTES a flow, ends that: who waits for an
+ * answer does not wait for a pause.
+ *
  * The control thread speaks to a worker by mail: a function that runs inside it. It waits for the answer with a
  * deadline; a worker that does not answer for 10 s is stuck, and the command fails.
  */
@@ -42,6 +48,10 @@
 #define KEEN_SPAN 16
 #define KEEN_LOOKS 224 /* nearly all: where every second wait is long, looking costs as much again as the work */
 #define CREDIT_NS (10 * 1000 * 1000)
+#define STREAM_BYTES (32 << 10) /* in a turn, for each flow that was run */
+#define STREAM_TURNS 32
+#define GATHER_US 200
+#define STREAM_GAP_NS (20 * 1000 * 1000) /* a wait of that length ends a stream: who comes then has no part in it */
 
 static const uint64_t lengths_ms[TIMER_LENGTHS] = {
         [TIMER_1S] = 1000,   [TIMER_5S] = 5000,     [TIMER_10S] = 10000,  [TIMER_15S] = 15000,
@@ -211,14 +221,34 @@ static int look(struct worker *w, struct epoll_event *events, uint64_t now_ns)
         return n;
 }
 
-/* What a wait says about the next one: short, after a turn of little work, or not. */
+/* What a wait says about the next one: short, after a turn of little work, or not; and what the turn says of a stream.
+ */
 static void learn(struct worker *w, uint64_t waited_ns, bool slept)
 {
-        bool pays = w->ran <= FEW_FLOWS && w->moved <= FEW_BYTES &&
+        bool pays = w->ran <= FEW_FLOWS && w->moved[0] + w->moved[1] <= FEW_BYTES &&
                     waited_ns <= (LOOK_US + (slept ? WAKE_US : 0)) * 1000ull;
         w->keen += ((pays ? KEEN_MOST : 0) - w->keen) / KEEN_SPAN;
+        size_t moved = w->moved[0] + w->moved[1];
+        if (moved) {
+                bool back = w->moved[1] > 0, much = moved >= STREAM_BYTES * (size_t)(w->ran ? w->ran : 1);
+                w->streamed = much && !w->moved[!back] && back == w->back ? w->streamed + 1 : 0;
+                w->back = back;
+        }
+        if (waited_ns > STREAM_GAP_NS)
+                w->streamed = 0;
         w->ran = 0;
-        w->moved = 0;
+        w->moved[0] = w->moved[1] = 0;
+}
+
+/* Lets more of a stream come, without being woken for each piece of it, if nothing is there. */
+static int gather(struct worker *w, struct epoll_event *events)
+{
+        int n = epoll_wait(w->epoll, events, EVENTS, 0);
+        if (n == 0) {
+                nanosleep(&(struct timespec){.tv_nsec = GATHER_US * 1000}, NULL);
+                w->gathered++;
+        }
+        return n;
 }
 
 /* The next events, at most `ms` milliseconds from now; sets the worker's clock. */
@@ -227,6 +257,8 @@ static int await(struct worker *w, struct epoll_event *events, int ms)
         uint64_t began = clock_ns(CLOCK_MONOTONIC);
         int n = ms && w->keen >= KEEN_LOOKS ? look(w, events, began) : 0;
         bool slept = n == 0 && ms;
+        if (slept && w->streamed >= STREAM_TURNS)
+                n = gather(w, events);
         if (n == 0)
                 n = epoll_wait(w->epoll, events, EVENTS, ms);
         uint64_t now = clock_ns(CLOCK_MONOTONIC);

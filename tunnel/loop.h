@@ -99,9 +99,12 @@ struct worker {
         struct link stale; /* seats with connections to judge anew */
         struct event_worker *ev;
         uint64_t now_ms, busy_ms, random; /* busy_ms: when events came last */
-        /* Whether to look before a sleep: see loop.c. Of this turn: flows that were run, bytes that they moved. */
+        /* Whether to look, or to pause, before a sleep: see loop.c. Of this turn: flows that were run, bytes that they
+         * moved, from the client and to it. Of the turns before: how many in a row moved much one way, and which. */
         int keen, ran;
-        size_t moved;
+        size_t moved[2];
+        unsigned streamed, gathered;
+        bool back;
         int64_t credit_ns; /* CPU that it may spend on looking */
         uint64_t cpu_ns;   /* its own, when it looked last */
 

@@ -8,7 +8,18 @@
  * Host names play no part; who the peer is, is its SPIFFE URI.
  *
  * An SSL_CTX serves both roles: the purpose of the peer's certificate (clientAuth, serverAuth) is checked by OpenSSL
- * according to the role. AES-GCM keys are changed every 2^23 records, below the limit of RFC 8446 5.5.
+ * according to the role.
+ *
+ * The handshake is OpenSSL's; what comes after it is ours (tls_record.c). OpenSSL hands its traffic secrets out in one
+ * way, the callback that is meant for key logs; here they go into the connection and nowhere else. It reads no byte
+ * beyond the handshake's last record (no read_ahead), so the first of ours is where it stopped, with the number 0 in
+ * both directions: a server without tickets has sent nothing under these keys. If any of that were not so, the first
+ * record would not open and the connection fail.
+ *
+ * What remains of TLS then (RFC 8446 4.6, 5, 6): KeyUpdate, which is sent every 2^23 records (below the limit of 5.5)
+ * and answered before the next data, once, however often it came: a peer that asks and does not read must not fill
+ * `out`; tickets of a server, which are thrown away; alerts. All else ends the connection with an alert, as do 32
+ * records in a row that bring no data. A client that wants smaller records (RFC 6066 4; OpenSSL agrees) gets them.
  */
 #include <errno.h>
 #include <openssl/err.h>
@@ -20,6 +31,8 @@
 #include "tls.h"
 
 #define KEY_UPDATE_RECORDS (1u << 23)
+#define IDLE_MOST 32
+#define MESSAGE_MOST 131338 /* a ticket of greatest length: servers put the client's chain into it */
 
 static BIO_METHOD *method;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -155,13 +168,29 @@ static STACK_OF(X509) * read_pem(const char *pem)
         return all;
 }
 
+/* "LABEL client_random secret" in hexadecimal digits, once for each secret of a handshake. */
+static void take_secret(const SSL *ssl, const char *line)
+{
+        static const char *const labels[] = {"SERVER_TRAFFIC_SECRET_0 ", "CLIENT_TRAFFIC_SECRET_0 "};
+        struct tls *t = SSL_get_app_data(ssl);
+        for (unsigned of_client = 0; of_client < 2; of_client++) {
+                size_t n = strlen(labels[of_client]);
+                const char *digits = strrchr(line, ' ');
+                if (strncmp(line, labels[of_client], n) != 0)
+                        continue;
+                struct traffic *to = SSL_is_server(ssl) == (int)of_client ? &t->rx : &t->tx;
+                size_t size = 0;
+                if (OPENSSL_hexstr2buf_ex(to->secret, sizeof(to->secret), &size, digits + 1, '\0') == 1)
+                        to->size = (unsigned)size;
+        }
+}
+
 static int configure(SSL_CTX *ctx)
 {
         static const unsigned char h2[] = "\x02h2";
         SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE);
-        /* libssl's two buffers of 16 KiB are kept between records and freed by tls_rest(), not after each record */
-        SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-        SSL_CTX_set_read_ahead(ctx, 1); /* one read a record, not one for its header and one for its body */
+        SSL_CTX_set_read_ahead(ctx, 0);
+        SSL_CTX_set_keylog_callback(ctx, take_secret);
         SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
         SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
         SSL_CTX_set_alpn_select_cb(ctx, select_h2, NULL);
@@ -269,7 +298,7 @@ bool identity_trusts(const struct identity *i, const uint8_t root[TLS_DIGEST])
 int tls_open(struct tls *t, struct identity *i, bool server)
 {
         pthread_once(&once, make_method);
-        *t = (struct tls){.ssl = SSL_new(i->ctx)};
+        *t = (struct tls){.ssl = SSL_new(i->ctx), .server = server, .most = RECORD_PLAIN};
         BIO *bio = BIO_new(method);
         if (!t->ssl || !bio) {
                 SSL_free(t->ssl);
@@ -279,6 +308,7 @@ int tls_open(struct tls *t, struct identity *i, bool server)
         }
         BIO_set_data(bio, t);
         SSL_set_bio(t->ssl, bio, bio);
+        SSL_set_app_data(t->ssl, t);
         if (server)
                 SSL_set_accept_state(t->ssl);
         else
@@ -286,21 +316,37 @@ int tls_open(struct tls *t, struct identity *i, bool server)
         return 0;
 }
 
-void tls_close(struct tls *t)
+void tls_settle(struct tls *t)
 {
         SSL_free(t->ssl);
         t->ssl = NULL;
+}
+
+void tls_close(struct tls *t)
+{
+        tls_settle(t);
+        traffic_free(&t->rx);
+        traffic_free(&t->tx);
         buf_free(&t->in);
         buf_free(&t->out);
+        buf_free(&t->message);
 }
 
 int tls_handshake(struct tls *t)
 {
         ERR_clear_error();
         int n = SSL_do_handshake(t->ssl);
-        if (n == 1)
-                return 1;
-        return SSL_get_error(t->ssl, n) == SSL_ERROR_WANT_READ ? 0 : -1;
+        if (n != 1)
+                return SSL_get_error(t->ssl, n) == SSL_ERROR_WANT_READ ? 0 : -1;
+        if (SSL_has_pending(t->ssl) || !traffic_set(&t->rx, t->rx.secret, t->rx.size, false) ||
+            !traffic_set(&t->tx, t->tx.secret, t->tx.size, true)) {
+                snprintf(t->wrong, sizeof(t->wrong), "no traffic keys from OpenSSL");
+                return -1;
+        }
+        unsigned mode = SSL_SESSION_get_max_fragment_length(SSL_get0_session(t->ssl));
+        if (mode)
+                t->most = (size_t)256 << mode; /* 512 to 4096 */
+        return 1;
 }
 
 const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s, uint8_t root[TLS_DIGEST])
@@ -324,63 +370,154 @@ const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s,
         return spiffe_of(cert, uri);
 }
 
-int tls_read(struct tls *t, void *plain, int n)
+/* -- after the handshake ------------------------------------------------------------------------------------------ */
+
+static bool seal_alert(struct tls *t, uint8_t level, uint8_t alert)
 {
-        ERR_clear_error();
-        int got = SSL_read(t->ssl, plain, n);
-        if (got > 0)
-                return got;
-        switch (SSL_get_error(t->ssl, got)) {
-        case SSL_ERROR_WANT_READ:
-        case SSL_ERROR_WANT_WRITE:
-                return 0;
-        case SSL_ERROR_ZERO_RETURN:
-                return -1;
-        default:
-                return -2;
-        }
+        return record_seal(&t->tx, &t->out, CONTENT_ALERT, (uint8_t[]){level, alert}, 2);
 }
 
-int tls_write(struct tls *t, const void *plain, int n, uint64_t *key_updates)
+/* Ends the connection with an alert. -2. */
+static int fail(struct tls *t, int alert)
 {
-        ERR_clear_error();
-        if (++t->sealed >= KEY_UPDATE_RECORDS) {
-                if (SSL_key_update(t->ssl, SSL_KEY_UPDATE_NOT_REQUESTED) != 1)
-                        return -1;
-                t->sealed = 0;
-                (*key_updates)++;
+        snprintf(t->wrong, sizeof(t->wrong), "%s", SSL_alert_desc_string_long(alert));
+        t->failed = true;
+        seal_alert(t, SSL3_AL_FATAL, (uint8_t)alert);
+        return -2;
+}
+
+/* The peer's alert. 0: of no consequence; -1, -2: tls_read(). */
+static int alerted(struct tls *t, const struct content *c)
+{
+        if (c->n != 2)
+                return fail(t, c->n ? TLS1_AD_DECODE_ERROR : SSL3_AD_UNEXPECTED_MESSAGE);
+        if (c->bytes[1] == TLS1_AD_USER_CANCELLED)
+                return 0;
+        if (c->bytes[1] == SSL3_AD_CLOSE_NOTIFY) {
+                t->ended = true;
+                return -1;
         }
-        while (n > 0) {
-                int put = SSL_write(t->ssl, plain, n);
-                if (put <= 0)
-                        return -1;
-                plain = (const uint8_t *)plain + put;
-                n -= put;
+        snprintf(t->wrong, sizeof(t->wrong), "peer: %s (%u)", SSL_alert_desc_string_long(c->bytes[1]),
+                 c->bytes[1]); /* OpenSSL 3.0 has no name for certificate_required */
+        t->failed = true;
+        return -2;
+}
+
+static bool update_key(struct tls *t)
+{
+        static const uint8_t message[] = {SSL3_MT_KEY_UPDATE, 0, 0, 1, SSL_KEY_UPDATE_NOT_REQUESTED};
+        t->asked = false;
+        return record_seal(&t->tx, &t->out, CONTENT_HANDSHAKE, message, sizeof(message)) && traffic_update(&t->tx);
+}
+
+/* Messages of the handshake's kind, from one record or several. 0 or an alert. */
+static int post_handshake(struct tls *t, const struct content *c)
+{
+        if (c->n == 0)
+                return SSL3_AD_UNEXPECTED_MESSAGE;
+        if (!buf_add(&t->message, c->bytes, c->n))
+                return TLS1_AD_INTERNAL_ERROR;
+        while (t->message.len >= 4) {
+                const uint8_t *m = buf_at(&t->message);
+                size_t n = (size_t)m[1] << 16 | (size_t)m[2] << 8 | m[3];
+                if (m[0] != SSL3_MT_KEY_UPDATE && (m[0] != SSL3_MT_NEWSESSION_TICKET || t->server))
+                        return SSL3_AD_UNEXPECTED_MESSAGE;
+                if (n > MESSAGE_MOST)
+                        return SSL3_AD_ILLEGAL_PARAMETER;
+                if (t->message.len < 4 + n)
+                        return 0;
+                if (m[0] == SSL3_MT_KEY_UPDATE) {
+                        if (n != 1)
+                                return TLS1_AD_DECODE_ERROR;
+                        if (m[4] > SSL_KEY_UPDATE_REQUESTED)
+                                return SSL3_AD_ILLEGAL_PARAMETER;
+                        if (t->message.len > 5) /* the next record has another key */
+                                return SSL3_AD_UNEXPECTED_MESSAGE;
+                        if (!traffic_update(&t->rx))
+                                return TLS1_AD_INTERNAL_ERROR;
+                        if (m[4] == SSL_KEY_UPDATE_REQUESTED)
+                                t->asked = true;
+                }
+                buf_take(&t->message, 4 + n);
         }
         return 0;
 }
 
-bool tls_pending(const struct tls *t)
+int tls_read(struct tls *t, const uint8_t **plain)
 {
-        return t->in.len || SSL_has_pending(t->ssl) == 1;
+        while (!t->failed) {
+                struct content c;
+                int result;
+                if (t->opened)
+                        buf_take(&t->in, t->opened);
+                t->opened = 0;
+                if (t->ended)
+                        return -1;
+                if (t->in.len == 0)
+                        return 0;
+                int n = record_open(&t->rx, buf_at(&t->in), t->in.len, &c);
+                if (n < 0)
+                        return fail(t, -n);
+                if (n == 0)
+                        return 0;
+                t->opened = (size_t)n;
+                if (t->message.len && c.type != CONTENT_HANDSHAKE)
+                        return fail(t, SSL3_AD_UNEXPECTED_MESSAGE);
+                if (c.type == CONTENT_DATA && c.n) {
+                        t->idle = 0;
+                        *plain = c.bytes;
+                        return (int)c.n;
+                }
+                if (++t->idle > IDLE_MOST)
+                        return fail(t, SSL3_AD_UNEXPECTED_MESSAGE);
+                switch (c.type) {
+                case CONTENT_DATA:
+                        break;
+                case CONTENT_ALERT:
+                        if ((result = alerted(t, &c)) < 0)
+                                return result;
+                        break;
+                case CONTENT_HANDSHAKE:
+                        if ((result = post_handshake(t, &c)) > 0)
+                                return fail(t, result);
+                        break;
+                default:
+                        return fail(t, SSL3_AD_UNEXPECTED_MESSAGE);
+                }
+        }
+        return -2;
 }
 
-void tls_rest(struct tls *t)
+/* One record, under a new key where one is due. */
+static bool put(struct tls *t, const uint8_t *plain, size_t n, uint64_t *key_updates)
 {
-        SSL_free_buffers(t->ssl);
+        bool due = t->tx.records >= KEY_UPDATE_RECORDS;
+        if ((due || t->asked) && !update_key(t))
+                return false;
+        *key_updates += due;
+        return record_seal(&t->tx, &t->out, CONTENT_DATA, plain, n);
+}
+
+int tls_write(struct tls *t, const void *plain, size_t n, uint64_t *key_updates)
+{
+        const uint8_t *at = plain;
+        for (size_t part; n > 0 && !t->failed; at += part, n -= part) {
+                part = n < t->most ? n : t->most;
+                t->failed = !put(t, at, part, key_updates);
+        }
+        return t->failed ? -1 : 0;
 }
 
 void tls_end(struct tls *t)
 {
-        ERR_clear_error();
-        if (t->ssl && SSL_is_init_finished(t->ssl))
-                SSL_shutdown(t->ssl);
+        if (t->tx.cipher && !t->failed)
+                seal_alert(t, SSL3_AL_WARNING, SSL3_AD_CLOSE_NOTIFY);
 }
 
-const char *tls_error(char *text, size_t n)
+const char *tls_error(const struct tls *t, char *text, size_t n)
 {
         unsigned long code = ERR_peek_last_error();
         const char *reason = code ? ERR_reason_error_string(code) : NULL;
-        snprintf(text, n, "%s", reason ? reason : "TLS failed");
+        snprintf(text, n, "%s", *t->wrong ? t->wrong : reason ? reason : "TLS failed");
         return text;
 }

@@ -6,6 +6,7 @@
 #include <openssl/ssl.h>
 #include <stdatomic.h>
 #include "buf.h"
+#include "tls_record.h"
 
 #define TLS_URI_MAX 512
 #define TLS_DIGEST 32
@@ -23,9 +24,16 @@ struct identity {
 };
 
 struct tls {
-        SSL *ssl;
+        SSL *ssl;           /* until tls_settle() */
         struct buf in, out; /* sealed bytes: received, and to be sent */
-        uint64_t sealed;    /* records since the last KeyUpdate */
+        struct traffic rx, tx;
+        struct buf message; /* of the handshake's kind, not whole yet */
+        size_t opened;      /* bytes of `in` that tls_read() has given away */
+        unsigned idle;      /* records without data, one after the other */
+        size_t most;        /* content of a record that we send */
+        bool server, failed, ended;
+        bool asked;     /* the peer wants new keys of us, before the next data */
+        char wrong[48]; /* what failed after the handshake */
 };
 
 /* tunnel.h, tunnel_identity_set: the same errors. */
@@ -42,18 +50,18 @@ int tls_handshake(struct tls *t);
 /* After the handshake: ALPN h2, exactly one SPIFFE identity in the peer's certificate, which is copied; not_after_s:
  * earliest end of the verified chain; root: digest of the certificate that it ends with. NULL, or what is wrong. */
 const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s, uint8_t root[TLS_DIGEST]);
-/* > 0: bytes of plaintext; 0: none now; -1: the peer ended in order; -2: failed. */
-int tls_read(struct tls *t, void *plain, int n);
-/* One record of at most 16 KiB into out. -1: failed. *key_updates is counted up. */
-int tls_write(struct tls *t, const void *plain, int n, uint64_t *key_updates);
-/* Received bytes may hold another record. */
-bool tls_pending(const struct tls *t);
-/* Nothing comes for a while: gives 32 KiB back until something does. */
-void tls_rest(struct tls *t);
+/* The handshake is done and the peer known: frees what only they needed. */
+void tls_settle(struct tls *t);
+/* The next plaintext, where it is in `in`, until the next call. > 0: its bytes; 0: none now; -1: the peer ended in
+ * order; -2: failed. Output may be waiting in every case. */
+int tls_read(struct tls *t, const uint8_t **plain);
+/* At most RECORD_PLAIN bytes into out: one record, more for a peer that asked for smaller ones. -1: failed.
+ * *key_updates counts the changes of keys that we began. */
+int tls_write(struct tls *t, const void *plain, size_t n, uint64_t *key_updates);
 /* close_notify. */
 void tls_end(struct tls *t);
-/* The last error of this thread, cut. */
-const char *tls_error(char *text, size_t n);
+/* What failed, cut. */
+const char *tls_error(const struct tls *t, char *text, size_t n);
 
 /* Trust domain of a SPIFFE URI "spiffe://TD/ns/NS/sa/SA"; false where it is not of that form
  * (reference/ztunnel.md 2.1). */

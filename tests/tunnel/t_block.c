@@ -122,10 +122,35 @@ static void test_texts(void **unused)
         block_free(NULL);
 }
 
+/* What OpenSSL frees holds nothing of what it held, on the shelf and for who gets it next. */
+static void test_of_openssl_is_wiped(void **unused)
+{
+        static const size_t sizes[] = {32, 48, 1000, 7608, BLOCK_LARGEST};
+        (void)unused;
+        blocks_keep(true);
+        for (unsigned i = 0; i < 2 * sizeof(sizes) / sizeof(*sizes); i++) {
+                size_t n = sizes[i / 2], left = 0;
+                uint8_t *block = openssl_new(n, "", 0);
+                memset(block, 0x5a, n);
+                if (i & 1)
+                        openssl_free(block, "", 0);
+                else
+                        block_free(block); /* the control: others' are not */
+                uint8_t *again = block_new(n);
+                assert_ptr_equal(again, block);
+                for (size_t at = sizeof(struct kept); at < n; at++)
+                        left += again[at] == 0x5a;
+                assert_int_equal(left, i & 1 ? 0 : n - sizeof(struct kept));
+                block_free(again);
+        }
+        openssl_free(NULL, "", 0);
+        blocks_keep(false);
+}
+
 int main(void)
 {
         const struct CMUnitTest tests[] = {cmocka_unit_test(test_shelves),
                                            cmocka_unit_test(test_blocks_are_whole_and_bounded),
-                                           cmocka_unit_test(test_texts)};
+                                           cmocka_unit_test(test_texts), cmocka_unit_test(test_of_openssl_is_wiped)};
         return cmocka_run_group_tests(tests, NULL, NULL);
 }

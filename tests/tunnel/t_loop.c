@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The control thread and the workers: a command that comes at the worst moment, after a worker took its mail and before
- * it emptied its wake-up, is not left lying until the next deadline. When a worker looks for events before it sleeps.
- */
+ * it emptied its wake-up, is not left lying until the next deadline. When a worker looks for events before it sleeps,
+ * and when it lets a stream gather. */
 #include "loop.c"
 #include <setjmp.h>
 #include <stdarg.h>
@@ -50,10 +50,10 @@ static struct worker *after(struct worker *w, unsigned waits, int ran, size_t mo
 {
         for (unsigned i = 0; i < waits; i++) {
                 w->ran = ran;
-                w->moved = moved;
+                w->moved[i & 1] = moved;
                 learn(w, waited_ns, true);
                 assert_int_equal(w->ran, 0);
-                assert_int_equal(w->moved, 0);
+                assert_int_equal(w->moved[0] + w->moved[1], 0);
                 assert_in_range(w->keen, 0, KEEN_MOST);
         }
         return w;
@@ -101,10 +101,70 @@ static void test_looking_costs_credit(void **unused)
         close(w.epoll);
 }
 
+/* Who sends much one way for long is a stream; an answer, a small message or more flows than that are none. */
+static void test_what_is_a_stream(void **unused)
+{
+        static const struct {
+                int ran;
+                size_t moved[2];
+        } against[] = {{1, {1, 0}},       {0, {STREAM_BYTES - 1, 0}}, {1, {STREAM_BYTES, 1}},
+                       {1, {1, 1 << 20}}, {0, {0, 1 << 20}},          {33, {1 << 20, 0}}};
+        (void)unused;
+        for (unsigned i = 0; i < sizeof(against) / sizeof(*against); i++) {
+                struct worker w = {0};
+                for (unsigned n = 0; n < 3 * STREAM_TURNS; n++) {
+                        assert_int_equal(w.streamed >= STREAM_TURNS, n >= STREAM_TURNS);
+                        w.ran = (int)n % 3;
+                        w.moved[0] = 2 * STREAM_BYTES;
+                        learn(&w, n & 1 ? SHORT_NS : LONG_NS, n & 1);
+                        learn(&w, LONG_NS, true); /* an event that moved nothing, a WINDOW_UPDATE perhaps */
+                }
+                w.ran = against[i].ran;
+                memcpy(w.moved, against[i].moved, sizeof(w.moved));
+                learn(&w, SHORT_NS, true);
+                assert_int_equal(w.streamed, 0);
+        }
+        /* it has ended; what comes next, a handshake perhaps, moves nothing that would tell */
+        struct worker w = {.streamed = STREAM_TURNS};
+        learn(&w, STREAM_GAP_NS + 1, true);
+        assert_int_equal(w.streamed, 0);
+        for (unsigned n = 0; n < 10 * STREAM_TURNS; n++) { /* messages of much, and answers of as much */
+                static struct worker w;
+                w.ran = 1;
+                w.moved[n / (STREAM_TURNS - 1) & 1] = 2 * STREAM_BYTES;
+                learn(&w, SHORT_NS, true);
+                assert_true(w.streamed < STREAM_TURNS);
+        }
+}
+
+/* What is there already is taken without a pause; else there is one, and what came in it is taken. */
+static void test_a_stream_gathers(void **unused)
+{
+        struct worker w = {.epoll = epoll_create1(EPOLL_CLOEXEC), .streamed = STREAM_TURNS};
+        struct io ready = {.type = IO_WAKE, .fd = eventfd(1, EFD_NONBLOCK | EFD_CLOEXEC)};
+        struct epoll_event events[EVENTS];
+        (void)unused;
+        assert_int_equal(loop_watch(&w, &ready), 0);
+        assert_int_equal(await(&w, events, 1000), 1);
+        assert_int_equal(w.gathered, 0);
+        uint64_t taken;
+        assert_int_equal(read(ready.fd, &taken, sizeof(taken)), sizeof(taken));
+        assert_int_equal(await(&w, events, 1), 0);
+        assert_int_equal(w.gathered, 1);
+        assert_int_equal(await(&w, events, 0), 0); /* no time for it */
+        assert_int_equal(w.gathered, 1);
+        w.streamed = STREAM_TURNS - 1;
+        assert_int_equal(await(&w, events, 1), 0);
+        assert_int_equal(w.gathered, 1);
+        close(ready.fd);
+        close(w.epoll);
+}
+
 int main(void)
 {
         const struct CMUnitTest tests[] = {cmocka_unit_test(test_a_command_at_the_worst_moment),
-                                           cmocka_unit_test(test_who_looks),
+                                           cmocka_unit_test(test_what_is_a_stream),
+                                           cmocka_unit_test(test_a_stream_gathers), cmocka_unit_test(test_who_looks),
                                            cmocka_unit_test(test_looking_costs_credit)};
         return cmocka_run_group_tests(tests, NULL, NULL);
 }

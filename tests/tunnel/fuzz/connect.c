@@ -100,30 +100,26 @@ const char *tls_peer(struct tls *t, char uri[TLS_URI_MAX], int64_t *not_after_s,
         return NULL;
 }
 
-int tls_read(struct tls *t, void *plain, int n)
+int tls_read(struct tls *t, const uint8_t **plain)
 {
-        size_t take = t->in.len < (size_t)n ? t->in.len : (size_t)n;
-        if (take) {
-                memcpy(plain, buf_at(&t->in), take);
-                buf_take(&t->in, take);
-        }
-        return (int)take;
+        if (t->opened)
+                buf_take(&t->in, t->opened);
+        t->opened = t->in.len;
+        if (t->in.len)
+                *plain = buf_at(&t->in);
+        return (int)t->opened;
 }
 
-int tls_write(struct tls *t, const void *plain, int n, uint64_t *key_updates)
+int tls_write(struct tls *t, const void *plain, size_t n, uint64_t *key_updates)
 {
         (void)key_updates;
-        return buf_add(&t->out, plain, (size_t)n) ? 0 : -1;
+        return buf_add(&t->out, plain, n) ? 0 : -1;
 }
 
-bool tls_pending(const struct tls *t)
+void tls_settle(struct tls *t)
 {
-        return t->in.len > 0;
-}
-
-void tls_rest(struct tls *t)
-{
-        (void)t;
+        SSL_free(t->ssl);
+        t->ssl = NULL;
 }
 
 void tls_end(struct tls *t)
@@ -131,8 +127,9 @@ void tls_end(struct tls *t)
         (void)t;
 }
 
-const char *tls_error(char *text, size_t n)
+const char *tls_error(const struct tls *t, char *text, size_t n)
 {
+        (void)t;
         snprintf(text, n, "no TLS");
         return text;
 }
