@@ -44,7 +44,7 @@
  * packet meets in the other pod. Nobody else can set a mark that survives the way into a namespace, so `in_eth` takes
  * notes from marked SYNs alone, and drops what comes for a vouched flow from a pod with a door and has no mark. A pair
  * without doors is the engine's. Other connections between two pods with doors take the same way, without being asked
- * to. A door is in no hurry with a single stream of bulk (linger).
+ * to.
  *
  * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note
  * there, so none is left; and nobody counts what they send, so the pod's end counts what it has received when it
@@ -884,9 +884,8 @@ int door(struct __sk_buff *skb)
                 full = bpf_sk_fullsock(sk);
                 struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
                 if (fated && fated->fate == FATE_VOUCHED && fated->by_door && is_own(skb, full)) {
-                        __u32 to = fated->door;
                         linger(skb, full);
-                        return through(skb, to);
+                        return through(skb, fated->door);
                 }
                 if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0)) {
                         /* Its tunnels are most of what it sends. */
