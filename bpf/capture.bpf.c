@@ -78,8 +78,23 @@
 #define TCP_LAST_ACK 9
 #define TCP_LISTEN 10
 #define MAX_EXTENSIONS 8
+#define PACING_NEEDED 1 /* enum sk_pacing of the kernel: by timers of the socket's own */
+#define LARGE 32768     /* bytes of a packet of bulk */
+#define ALONE 64        /* large packets of one socket in a row: nobody else of the pod sends bulk */
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
+
+/* How much longer `door` takes for a packet of bulk that is paced and alone (linger, below); 0: not at all. */
+const volatile __u32 linger_ns = 0;
+/* Of this pod's door. It may be wrong for a packet or two: two processors may write it at once. */
+__u64 bulk_of = 0;  /* cookie of the socket that sent the last large packet */
+__u32 bulk_run = 0; /* how many it has sent in a row, up to ALONE */
+__u64 lingered = 0; /* packets for which the door takes longer, if it does for any */
+
+struct tcp_sock;
+struct sock {
+        __u32 sk_pacing_status;
+} __attribute__((preserve_access_index));
 
 struct map_of_asking {
         __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -803,6 +818,33 @@ int out_lo(struct __sk_buff *skb)
         return TC_ACT_UNSPEC;
 }
 
+/* A single paced stream (BBR) arms a timer for most packets that it sends, and where that is dear, as in a virtual
+ * machine, timers are what it does: the faster a packet is at its receiver, the more often both ends sleep, and the
+ * more timers and wake-ups a byte needs (decision 0017). There the door takes about as long as the host's forwarding
+ * did. Several streams, or one without timers, keep the processors busy by themselves and lose by it. */
+static __always_inline void linger(struct __sk_buff *skb, struct bpf_sock *full)
+{
+        if (skb->len < LARGE)
+                return;
+        __u64 who = bpf_get_socket_cookie(skb);
+        if (who != bulk_of) {
+                bulk_of = who;
+                bulk_run = 0;
+                return;
+        }
+        if (bulk_run < ALONE) {
+                bulk_run++;
+                return;
+        }
+        struct sock *sk = (struct sock *)bpf_skc_to_tcp_sock(full);
+        if (!sk || sk->sk_pacing_status != PACING_NEEDED)
+                return;
+        lingered++;
+        __u64 begun = bpf_ktime_get_ns();
+        for (int i = 0; i < 400 && bpf_ktime_get_ns() - begun < linger_ns; i++)
+                ;
+}
+
 /* From door to door: the packet comes out of the other pod's interface, with a mark that says so. */
 static __always_inline int through(struct __sk_buff *skb, __u32 ifindex)
 {
@@ -841,8 +883,10 @@ int door(struct __sk_buff *skb)
         if (sk) {
                 full = bpf_sk_fullsock(sk);
                 struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
-                if (fated && fated->fate == FATE_VOUCHED && fated->by_door && is_own(skb, full))
+                if (fated && fated->fate == FATE_VOUCHED && fated->by_door && is_own(skb, full)) {
+                        linger(skb, full);
                         return through(skb, fated->door);
+                }
                 if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0)) {
                         /* Its tunnels are most of what it sends. */
                         if (full->src_port == CAPTURE_HBONE_PORT || full->dst_port == bpf_htons(CAPTURE_HBONE_PORT))

@@ -68,6 +68,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
@@ -577,7 +578,7 @@ static int pin_maps(struct bpf_object *object, const char *pins)
         node_of(node, pins);
         bpf_object__for_each_map(map, object)
         {
-                if (bpf_map__is_internal(map)) /* constants */
+                if (bpf_map__is_internal(map)) /* constants, and what may be forgotten */
                         continue;
                 const char *name = bpf_map__name(map);
                 bool shared = false;
@@ -591,14 +592,58 @@ static int pin_maps(struct bpf_object *object, const char *pins)
         return 0;
 }
 
+static int compare(const void *a, const void *b)
+{
+        int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+        return (x > y) - (x < y);
+}
+
+static int64_t clock_ns(void)
+{
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return t.tv_sec * 1000000000ll + t.tv_nsec;
+}
+
+/* What it costs to arm a timer, in ns; in a virtual machine that may be a way out of it. The median of many: one that
+ * is not the next to be due costs nothing. 0: unknown. */
+static int64_t timer_ns(void)
+{
+        const struct itimerspec soon = {.it_value = {.tv_nsec = 10000}}, never = {0};
+        int64_t took[99];
+        int fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC);
+        if (fd < 0)
+                return 0;
+        for (size_t i = 0; i < sizeof(took) / sizeof(*took); i++) {
+                int64_t begun = clock_ns();
+                timerfd_settime(fd, 0, &soon, NULL);
+                took[i] = clock_ns() - begun;
+                timerfd_settime(fd, 0, &never, NULL);
+        }
+        close(fd);
+        qsort(took, sizeof(took) / sizeof(*took), sizeof(*took), compare);
+        return took[sizeof(took) / sizeof(*took) / 2];
+}
+
+static uint32_t linger_ns;
+
+/* Once, for all pods of a node have the same timers. */
+static void choose_linger(void)
+{
+        linger_ns = timer_ns() > CAPTURE_LINGER_NS ? CAPTURE_LINGER_NS : 0;
+}
+
 static int load(const char *pins, char *error)
 {
+        static pthread_once_t once = PTHREAD_ONCE_INIT;
         struct capture_bpf *capture = capture_bpf__open();
         int result = capture ? 0 : -errno;
         if (result < 0) {
                 fail(error, result, "open the BPF objects");
                 return result;
         }
+        pthread_once(&once, choose_linger);
+        capture->rodata->linger_ns = linger_ns;
         if ((result = pin_maps(capture->obj, pins)) < 0 || (result = capture_bpf__load(capture)) < 0)
                 fail(error, result, "load the capture programs (`sidestep check` says what the kernel lacks)");
         else if ((result = pin_programs(capture->obj, pins)) < 0)

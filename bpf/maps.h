@@ -16,6 +16,7 @@
 #define CAPTURE_MAX_DOORS 8192       /* addresses of this node's pods */
 #define CAPTURE_OWN_NS 1000000000ULL /* a tag's life */
 #define CAPTURE_MAX_PROBES 512       /* of a pod, at once */
+#define CAPTURE_LINGER_NS 3000 /* of a door, for bulk that is paced and alone, where a timer costs more than that */
 #define KUBELET_MAX_PORTS 16384
 #define KUBELET_MAX_NOTES 4096
 #define KUBELET_NOTE_NS                                                                                                \

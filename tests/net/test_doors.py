@@ -5,9 +5,11 @@ that is on the host's network can read it or add to it.
 """
 
 import contextlib
+import json
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from tests.net.test_vouched import PORT, World, closed, link
 world = test_vouched.world
 application = test_vouched.application
 PSH_ACK, FIN_ACK = 0x18, 0x11
+SO_MAX_PACING_RATE = 47
+ALONE = 64  # of capture.bpf.c
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
 
 
@@ -221,6 +225,77 @@ def test_a_pod_that_makes_its_packets_anothers_gets_no_mark(world: World, applic
         talk(client, served)
         closed(own, accepted)
     closed(client, served)
+
+
+# -- bulk -------------------------------------------------------------------------------------------------------------
+
+
+def bulk(pod: Pod) -> dict[str, int]:
+    """What the pod's door remembers of large packets: variables of capture.bpf.c."""
+    assert pod.capture is not None
+    bpftool = ("/usr/sbin/bpftool", "-j")
+    door = json.loads(run(*bpftool, "prog", "show", "pinned", f"{pod.capture.pins.decode()}/door"))
+    shown = [json.loads(run(*bpftool, "map", "show", "id", str(number))) for number in door["map_ids"]]
+    (number,) = (each["id"] for each in shown if each["name"].endswith(".bss"))
+    (dump,) = json.loads(run(*bpftool, "map", "dump", "id", str(number)))
+    return {name: value for each in dump["formatted"]["value"][".bss"] for name, value in each.items()}
+
+
+def carry(client: socket.socket, served: socket.socket, amount: int) -> None:
+    """`amount` bytes from end to end."""
+
+    def take() -> None:
+        left = amount
+        while left:
+            left -= len(served.recv(min(left, 1 << 20))) or left
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    client.sendall(bytes(amount))
+    taker.join(60)
+    assert not taker.is_alive()
+
+
+def test_a_door_lingers_for_bulk_that_is_paced_and_alone(world: World, application: socket.socket) -> None:
+    """And for no other: not without timers, not for two that take turns. Whether it then takes any longer is the
+    machine's to say."""
+    world.allow(application)
+
+    def stream(paced: bool) -> tuple[socket.socket, socket.socket]:
+        client = world.client_socket()
+        client.settimeout(60)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        if paced:
+            client.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("@L", 4_000_000_000))
+        client.connect((world.address, PORT))
+        served, _ = application.accept()
+        served.settimeout(60)
+        return client, served
+
+    with_timers, other, without = stream(True), stream(True), stream(False)
+
+    def until(ends: tuple[socket.socket, socket.socket], what: str, amount: int) -> dict[str, int]:
+        """Sends until a variable is as large as that."""
+        for _ in range(40):
+            carry(*ends, 16 << 20)
+            if (found := bulk(world.client))[what] >= amount:
+                return found
+        raise AssertionError(found)
+
+    assert until(without, "bulk_run", ALONE)["lingered"] == 0
+    assert bulk(world.near)["bulk_of"] == 0, "the other end sends nothing"
+    before = until(with_timers, "lingered", 1)
+    carry(*without, 1 << 19)
+    for _ in range(20):
+        for ends in (other, without):
+            carry(*ends, 1 << 19)
+    after = bulk(world.client)
+    assert after["lingered"] == before["lingered"]
+    assert after["bulk_of"] != before["bulk_of"]
+    assert after["bulk_run"] < ALONE
+    assert bulk(world.near)["lingered"] == 0
+    for ends in (with_timers, other, without):
+        closed(*ends)
 
 
 # -- doors that are not there -----------------------------------------------------------------------------------------
