@@ -17,7 +17,7 @@ from tests.harness.netns import Sniffer
 from tests.harness.pods import Client, Sandbox, echo, eventually, ip
 from tests.net import test_agent
 from tests.net.test_agent import PORT, Node, run
-from tests.net.test_agent_vouched import allow, flows, native
+from tests.net.test_agent_vouched import allow, flows, handed, native
 
 node = test_agent.node
 TOGGLES = 4
@@ -144,14 +144,25 @@ def test_one_end_leaves_and_comes_back_under_load(shop: Node, which: str) -> Non
                 await going.goes_on()
                 mine = {client.local[1] for client in kept}
                 assert mine <= await flows(shop), "told by the end that stayed"
-                for address in (api.v4, api.v6):
-                    await (await native(shop, web, api, api_pod, address)).close()
+                await becomes_native(shop, api, api_pod)
                 await stack.aclose()
                 print(f"{which}: {going.asked} answers over {len(kept)} flows, {going.opened} connections")
                 for client in kept:
                     await client.close()
 
     run(work())
+
+
+async def becomes_native(shop: Node, server: Sandbox, pod: Pod) -> None:
+    """Connections to the pod are handed to its application natively, once the engine has heard of it."""
+    web, _ = shop.pods["web"]
+    for address in (server.v4, server.v6):
+        async with asyncio.timeout(30):
+            before = await handed(shop, pod)
+            while await handed(shop, pod) == before:
+                client = await Client.open(web, address, PORT)
+                assert await client.ask("hello") == "hello"
+                await client.close()
 
 
 async def replaced(shop: Node) -> tuple[Sandbox, Pod]:
@@ -182,7 +193,7 @@ def test_a_pod_is_replaced_under_load(shop: Node, killed: bool) -> None:
 
     async def work() -> None:
         shop.start_engine()
-        (web, _), (api, _) = shop.pods["web"], shop.pods["api"]
+        api, _ = shop.pods["api"]
         async with AsyncExitStack() as stack:
             talking = []
             async with AsyncExitStack() as before, echo(api, PORT):
@@ -203,9 +214,7 @@ def test_a_pod_is_replaced_under_load(shop: Node, killed: bool) -> None:
                 assert clients == [], "the engine has not heard of it"
                 shop.publish(["web", "next"])
                 await shop.enrolled(pod)
-                for address in (api.v4, api.v6):
-                    await allow(shop, web, following, pod, address)
-                    await (await native(shop, web, following, pod, address)).close()
+                await becomes_native(shop, following, pod)
                 assert not any(canary.encode() in frame for frame in sniffer.frames())
                 await stack.aclose()
 
