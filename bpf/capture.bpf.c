@@ -43,8 +43,8 @@
  * a veth leaves with the packet, or, where there is none of the flow's (a SYN-ACK, a reset), by the connection that the
  * packet meets in the other pod. Nobody else can set a mark that survives the way into a namespace, so `in_eth` takes
  * notes from marked SYNs alone, and drops what comes for a vouched flow from a pod with a door and has no mark. A pair
- * without doors is the engine's. Other connections between two pods with doors take the same way, without being asked
- * to.
+ * without doors is the engine's. Connections from before, and those that a draining pod opens, stay on the host's way:
+ * its conntrack would take the rest of what it has seen a part of for invalid, when a pod leaves the mesh.
  *
  * Destinations outside the mesh are allowed in the same way, by a slot of kind VOUCH_OUTSIDE. Nobody takes a note
  * there, so none is left; and nobody counts what they send, so the pod's end counts what it has received when it
@@ -429,6 +429,14 @@ static __always_inline __u32 door_of(const __u8 *address)
         return d ? d->ifindex : 0;
 }
 
+/* A vouched flow's way to its other end. */
+static __always_inline void by_way_of(struct capture_fated *fated, struct capture_door_of *to)
+{
+        fated->by_door = to != NULL;
+        fated->door = to ? to->ifindex : 0;
+        fated->instance = to ? to->instance : 0;
+}
+
 /* Did the socket begin with this SYN? What it has received leads back to it; a FIN counts one more. */
 static __always_inline bool began_with(struct bpf_sock *sk, struct bpf_tcp_sock *tcp, __u32 isn)
 {
@@ -461,8 +469,7 @@ static __always_inline void accepted(struct bpf_sock *sk, struct packet *p, stru
                         now->generation = syn->generation;
                         now->next = p->seq + p->syn; /* Fast Open: the SYN-ACK is the accepted socket's */
                         now->since = syn->when;
-                        now->door = door_of(t.remote);
-                        now->by_door = now->door != 0;
+                        by_way_of(now, door_at(t.remote));
                         bpf_map_delete_elem(&pending, &t);
                 }
         }
@@ -510,13 +517,17 @@ static __always_inline bool vouch(struct bpf_sock *sk, struct packet *p, struct 
         if (s->taken == VOUCH_OUTSIDE) {
                 count(COUNT_OUTSIDE);
         } else {
-                /* Without a door the bytes would cross the node's own network, where others may read them. */
+                /* Without a door the bytes would cross the node's own network, where others may read them. And the
+                 * door must be the one of the pod that was allowed: its address may be another's before the engine
+                 * has heard of it. */
                 struct capture_address own_address;
+                struct capture_door_of *to = door_at(t.remote);
                 __builtin_memcpy(own_address.ip, t.local, 16);
-                now->door = door_of(t.remote);
-                now->by_door = 1;
-                if (!now->door || !door_of(t.local) || !bpf_map_lookup_elem(&addresses, &own_address) ||
-                    !leave_note(&t, port, &what))
+                if (!to || to->instance != s->target || !door_of(t.local) ||
+                    !bpf_map_lookup_elem(&addresses, &own_address))
+                        return false;
+                by_way_of(now, to);
+                if (!leave_note(&t, port, &what))
                         return false;
         }
         now->fate = FATE_VOUCHED;
@@ -573,6 +584,26 @@ static __always_inline void tell_end(struct bpf_sock *sk, struct packet *p, stru
         fated->told = 1;
 }
 
+/* Something that has been sent before is sent again: is the other end's door where it was? A pod may get a new link.
+ * false: another pod, or the same one enrolled anew with another link, has the address: nobody is there any more. */
+static __always_inline bool is_still_there(struct bpf_sock *sk, struct capture_fated *fated)
+{
+        struct capture_address remote;
+        if (sk->family == AF_INET) {
+                mapped(remote.ip, sk->dst_ip4);
+        } else {
+                __u32 ip[4] = {sk->dst_ip6[0], sk->dst_ip6[1], sk->dst_ip6[2], sk->dst_ip6[3]};
+                __builtin_memcpy(remote.ip, ip, 16);
+        }
+        struct capture_door_of *to = bpf_map_lookup_elem(&doors, &remote);
+        if (!to || to->ifindex == fated->door)
+                return true;
+        if (to->instance != fated->instance)
+                return false;
+        fated->door = to->ifindex;
+        return true;
+}
+
 /* A packet of a vouched flow leaves. */
 static __always_inline int vouched_leaves(struct __sk_buff *skb, struct bpf_sock *sk, struct packet *p,
                                           struct capture_fated *fated)
@@ -595,6 +626,9 @@ static __always_inline int vouched_leaves(struct __sk_buff *skb, struct bpf_sock
                 fated->next = end;
                 fated->bytes += more;
                 __sync_fetch_and_add(fated->opened ? &s->sent : &s->received, more);
+        } else if (fated->by_door && (__s32)(p->seq - fated->next) < 0 && !is_still_there(sk, fated)) {
+                count(COUNT_VOUCH_CUT);
+                return turn(skb); /* which resets this end */
         }
         if (s->taken == VOUCH_OUTSIDE)
                 outside_received(sk, fated, s);
@@ -855,7 +889,7 @@ static __always_inline int through(struct __sk_buff *skb, __u32 ifindex)
 }
 
 /* Is the packet the socket's own? Rules of the pod's namespace may have made another one of it, and a sender that is
- * not who its socket says would be believed. */
+ * not who its socket says would be believed. A socket that has just ended has no port any more: none is its own. */
 static __always_inline bool is_own(struct __sk_buff *skb, struct bpf_sock *sk)
 {
         void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
@@ -874,34 +908,47 @@ static __always_inline bool is_own(struct __sk_buff *skb, struct bpf_sock *sk)
         return true;
 }
 
+/* Has a vouched SYN of this tuple been sent, which nobody has accepted yet? Who sent it is told of whatever comes of
+ * it, also of the engine's answer to another SYN. */
+static __always_inline bool is_noted(struct capture_tuple *t)
+{
+        return bpf_map_lookup_elem(&pending, t) || bpf_map_lookup_elem(&vouched, t);
+}
+
 SEC("tc")
 int door(struct __sk_buff *skb)
 {
         struct packet p = {};
         struct capture_tuple t;
         struct bpf_sock *full = NULL, *sk = skb->sk; /* a veth leaves the packet its socket */
+        bool engine = false, flow = false;
         if (sk) {
                 full = bpf_sk_fullsock(sk);
                 struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
-                if (fated && fated->fate == FATE_VOUCHED && fated->by_door && is_own(skb, full)) {
+                /* To another pod, that is: outside there is none to look for. Who was accepted may not know its door.
+                 */
+                flow = fated && fated->fate == FATE_VOUCHED && (fated->by_door || !fated->opened);
+                if (flow && fated->by_door && is_own(skb, full)) {
                         linger(skb, full);
                         return through(skb, fated->door);
                 }
-                if (full && bpf_sk_storage_get(&engine_sk, full, 0, 0)) {
-                        /* Its tunnels are most of what it sends. */
-                        if (full->src_port == CAPTURE_HBONE_PORT || full->dst_port == bpf_htons(CAPTURE_HBONE_PORT))
-                                return TC_ACT_UNSPEC;
-                } else if (!fated) {
-                        full = NULL; /* the kernel's control socket, or one that makes packets of its own */
-                }
+                engine = full && bpf_sk_storage_get(&engine_sk, full, 0, 0);
+                /* The others' have a way, by the host, which follows connections and must see all of one. */
+                if (fated && !engine && !flow)
+                        return TC_ACT_UNSPEC;
+                /* Its tunnels are most of what it sends. */
+                if (engine && (full->src_port == CAPTURE_HBONE_PORT || full->dst_port == bpf_htons(CAPTURE_HBONE_PORT)))
+                        return TC_ACT_UNSPEC;
         }
-        if (find_tcp(skb, &p) <= 0 || (p.payload && !full))
+        if (find_tcp(skb, &p) <= 0 || (p.payload && !flow) || (engine && !p.rst))
                 return TC_ACT_UNSPEC;
         tuple_of(&p, &t);
         if (t.local_port == CAPTURE_HBONE_PORT || t.remote_port == CAPTURE_HBONE_PORT)
                 return TC_ACT_UNSPEC;
         struct capture_door_of *to = door_at(t.remote);
         if (!to || door_of(t.local) != skb->ifindex) /* who speaks for another pod goes no short way */
+                return TC_ACT_UNSPEC;
+        if (p.syn && !is_noted(&t))
                 return TC_ACT_UNSPEC;
         __u32 zero = 0, *ask = bpf_map_lookup_elem(&doors_asking, &zero);
         sk = ask ? find_connection(skb, &p, to->nsid, ask) : NULL;
@@ -915,7 +962,8 @@ int door(struct __sk_buff *skb)
 static __always_inline bool astray(struct __sk_buff *skb, struct capture_tuple *t)
 {
         struct packet p = {};
-        if (t->local_port == CAPTURE_HBONE_PORT || t->remote_port == CAPTURE_HBONE_PORT || !door_of(t->remote) ||
+        struct capture_door_of *from = door_at(t->remote);
+        if (t->local_port == CAPTURE_HBONE_PORT || t->remote_port == CAPTURE_HBONE_PORT || !from ||
             find_tcp(skb, &p) <= 0)
                 return false;
         __u32 zero = 0, *ask = bpf_map_lookup_elem(&asking, &zero);
@@ -924,7 +972,9 @@ static __always_inline bool astray(struct __sk_buff *skb, struct capture_tuple *
                 return false;
         struct bpf_sock *full = bpf_sk_fullsock(sk);
         struct capture_fated *fated = full ? bpf_sk_storage_get(&fates, full, 0, 0) : NULL;
-        bool vouched_for = fated && fated->fate == FATE_VOUCHED && fated->by_door;
+        /* A pod that was enrolled anew meanwhile knows nothing of it any more: its end is one from before. */
+        bool vouched_for = fated && fated->fate == FATE_VOUCHED && fated->by_door &&
+                           !(from->ifindex == fated->door && from->instance != fated->instance);
         bpf_sk_release(sk);
         return vouched_for;
 }

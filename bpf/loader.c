@@ -667,9 +667,29 @@ static int load_survey(const char *pins)
         return result;
 }
 
-/* Takes the addresses of a pod out: all (addresses -1), or those that it does not have any more. Its door: *ifindex,
- * where one was found. */
-static int forget_addresses(int doors, int addresses, uint64_t ino, uint32_t *ifindex)
+/* Which instance of the programs it is (maps.h, struct capture_door_of), or -errno. */
+static int64_t instance_of(const char *pins)
+{
+        struct bpf_map_info info = {0};
+        uint32_t length = sizeof(info);
+        int fates = open_pin(pins, "fates");
+        if (fates < 0)
+                return fates;
+        int64_t result = bpf_obj_get_info_by_fd(fates, &info, &length) < 0 ? -errno : (int64_t)info.id;
+        close(fates);
+        return result;
+}
+
+/* Is it a door of this instance? Of 0: what an agent wrote that knew of none. The next pod's namespace may have the
+ * number of one that is gone. */
+static bool is_of(const struct capture_door_of *one, const struct capture_door_of *pod)
+{
+        return one->netns_ino == pod->netns_ino && (one->instance == pod->instance || one->instance == 0);
+}
+
+/* Takes the addresses of a pod out: all (addresses -1), or those that it does not have any more. pod: of it namespace
+ * and instance are known, and is set the interface of its door, where one was found. */
+static int forget_addresses(int doors, int addresses, struct capture_door_of *pod)
 {
         struct capture_address key, next, gone[CAPTURE_MAX_ADDRESSES];
         struct capture_door_of one;
@@ -679,8 +699,8 @@ static int forget_addresses(int doors, int addresses, uint64_t ino, uint32_t *if
                 n = 0;
                 for (void *from = NULL; bpf_map_get_next_key(doors, from, &next) == 0 && n < CAPTURE_MAX_ADDRESSES;
                      from = &key) {
-                        if (bpf_map_lookup_elem(doors, &next, &one) == 0 && one.netns_ino == ino) {
-                                *ifindex = one.ifindex;
+                        if (bpf_map_lookup_elem(doors, &next, &one) == 0 && is_of(&one, pod)) {
+                                pod->ifindex = one.ifindex;
                                 if (addresses < 0 || bpf_map_lookup_elem(addresses, &next, &there) < 0)
                                         gone[n++] = next;
                         }
@@ -698,6 +718,17 @@ static int open_doors(const char *pins)
         char node[NODE_PATH];
         node_of(node, pins);
         return open_pin(node, "doors");
+}
+
+/* Namespace and instance of a pod that was attached. */
+static bool read_own(const char *pins, struct capture_door_of *out)
+{
+        struct capture_pod pod = {0};
+        int64_t instance = instance_of(pins);
+        if (instance < 0 || read_pod(pins, &pod) < 0 || !pod.netns_ino)
+                return false;
+        *out = (struct capture_door_of){.netns_ino = (uint32_t)pod.netns_ino, .instance = (uint32_t)instance};
+        return true;
 }
 
 int capture_prepare(const char *pins, const char *addresses, char *error)
@@ -720,10 +751,9 @@ int capture_prepare(const char *pins, const char *addresses, char *error)
                 return fail(error, map, "map addresses in %s", pins);
         result = set_addresses(map, addresses, error);
         int doors = open_doors(pins);
-        struct capture_pod pod = {0};
-        uint32_t unused;
-        if (doors >= 0 && read_pod(pins, &pod) == 0 && pod.netns_ino)
-                forget_addresses(doors, map, pod.netns_ino, &unused);
+        struct capture_door_of own;
+        if (doors >= 0 && read_own(pins, &own))
+                forget_addresses(doors, map, &own);
         if (doors >= 0)
                 close(doors);
         close(map);
@@ -1103,7 +1133,7 @@ static int find_end(int host, int netns, const char *interface, struct capture_d
                 return fail(error, -EOPNOTSUPP, "the other end of %s is not on this host", interface);
         out->ifindex = (uint32_t)outer.ifindex;
         out->nsid = (uint32_t)nsid;
-        out->netns_ino = ino;
+        out->netns_ino = (uint32_t)ino;
         return 0;
 }
 
@@ -1129,7 +1159,10 @@ static int has_door(const char *pins, int host)
 {
         struct capture_door_of is = {0};
         int doors = open_doors(pins), addresses = open_pin(pins, "addresses"), back;
+        int64_t instance = instance_of(pins);
         int result = doors < 0 ? doors : addresses < 0 ? addresses : read_door(doors, addresses, &is);
+        if (result > 0 && is.instance != instance)
+                result = 0;
         if (result > 0 && (result = enter(host, &back)) == 0) {
                 result = filter_is_there(&door, pins, (int)is.ifindex) && is_looked_at((int)is.ifindex) == 0;
                 leave(back);
@@ -1146,10 +1179,13 @@ static int open_door(const char *pins, int host, int netns, const char *interfac
 {
         struct capture_door_of to = {0};
         struct capture_address key, next;
-        uint32_t unused;
+        int64_t instance = instance_of(pins);
         int back, result = find_end(host, netns, interface, &to, error);
         if (result < 0)
                 return result;
+        if (instance < 0)
+                return fail(error, (int)instance, "map fates of %s", pins);
+        to.instance = (uint32_t)instance;
         if ((result = enter(host, &back)) < 0)
                 return fail(error, result, "enter the host's network namespace");
         int looked = is_looked_at((int)to.ifindex);
@@ -1170,7 +1206,7 @@ static int open_door(const char *pins, int host, int netns, const char *interfac
                 key = next;
         }
         if (result == 0)
-                result = forget_addresses(doors, addresses, to.netns_ino, &unused);
+                result = forget_addresses(doors, addresses, &to);
         if (doors >= 0)
                 close(doors);
         if (addresses >= 0)
@@ -1181,12 +1217,11 @@ static int open_door(const char *pins, int host, int netns, const char *interfac
 /* First the addresses, then the program, if it is there. host or netns -1: only the addresses, the link is gone. */
 static int close_door(const char *pins, int host, int netns, const char *interface, char *error)
 {
-        struct capture_pod pod = {0};
         struct capture_door_of end = {0};
         int doors = open_doors(pins), back, result;
         if (doors < 0)
                 return doors == -ENOENT ? 0 : fail(error, doors, "map doors of %s", pins);
-        result = read_pod(pins, &pod) == 0 ? forget_addresses(doors, -1, pod.netns_ino, &end.ifindex) : 0;
+        result = read_own(pins, &end) ? forget_addresses(doors, -1, &end) : 0;
         close(doors);
         if (result < 0)
                 return fail(error, result, "map doors of %s", pins);

@@ -114,15 +114,21 @@ struct capture_fated {
         __u64 since;  /* CLOCK_MONOTONIC in ns */
         union {
                 __u64 received; /* by this end, where the other one is outside the mesh */
-                __u32 door;     /* interface of the other end's door */
+                struct {
+                        __u32 door;     /* interface of the other end's door */
+                        __u32 instance; /* of the other end's programs */
+                };
         };
 };
 
-/* Value of the node's `doors`; key: an address of a pod, struct capture_address. */
+/* Value of the node's `doors`; key: an address of a pod, struct capture_address. instance: whose programs, and so whose
+ * fates of sockets: the id of the map `fates`, which the kernel gives once. A pod that is enrolled anew has another
+ * one, and so has the next pod with its address. */
 struct capture_door_of {
         __u32 ifindex; /* of the host's end of the pod's link */
         __u32 nsid;    /* of the pod's namespace, as the host's numbers it */
-        __u64 netns_ino;
+        __u32 netns_ino;
+        __u32 instance;
 };
 
 /* What a slot is for. */
@@ -137,7 +143,8 @@ struct vouch_slot {
         __u32 taken;      /* enum vouch_kind; an engine, this or an earlier one, has it: it is nobody else's */
         __u64 full;       /* when a destination last had no room for a SYN, CLOCK_MONOTONIC in ns; 0: never */
         __u64 cut;        /* when the generation was last changed to end flows, CLOCK_MONOTONIC in ns */
-        __u8 line0[40];
+        __u32 target;     /* VOUCH_PAIR: for which instance of programs, as in struct capture_door_of */
+        __u8 line0[36];
         /* written by either end, on its own processor as likely as not: a cache line each */
         __u64 opened, sent; /* connections; bytes of the end that opened */
         __u8 line1[48];

@@ -842,7 +842,7 @@ static void accepted(struct worker *w, struct listener *l, int fd, const struct 
                 wrong = "own_port";
         else if (l->role == ROLE_INBOUND && pod_tuple_is_own(p, peer))
                 wrong = "own_tuple";
-        else if (l->role == ROLE_INBOUND && vouch_is_late(w->engine->vouch, &peer->addr, &local))
+        else if (l->role == ROLE_INBOUND && vouch_is_late(w->engine->vouch, peer, &local))
                 wrong = "late_vouched";
         if (wrong) {
                 struct linger reset = {1, 0};

@@ -102,6 +102,7 @@ struct member {
         struct member *next;
         struct pod *pod;
         int verdicts, fates;
+        uint32_t instance; /* of its programs: maps.h, struct capture_door_of */
 };
 
 struct sight {
@@ -278,8 +279,10 @@ static void ender_close(struct ender *e)
         e->pod = NULL;
 }
 
-/* Ends a socket of the pod's with a reset. 0, -ENOENT: it is gone; -errno. */
-static int destroy(struct ender *e, struct pod *p, const struct vouch_flow *flow)
+/* Asks the kernel about the pod's socket with these ends. type: SOCK_DESTROY, or SOCK_DIAG_BY_FAMILY, whose answer is
+ * its state. cookie NULL: any. >= 0, -ENOENT: there is none; -errno. */
+static int ask(struct ender *e, struct pod *p, uint16_t type, const struct endpoint *local,
+               const struct endpoint *remote, const uint64_t *cookie)
 {
         struct {
                 struct nlmsghdr header;
@@ -287,13 +290,14 @@ static int destroy(struct ender *e, struct pod *p, const struct vouch_flow *flow
         } ask;
         struct {
                 struct nlmsghdr header;
-                struct nlmsgerr error;
-                char more[512];
+                union {
+                        struct nlmsgerr error;
+                        struct inet_diag_msg found;
+                        char more[512];
+                };
         } answer;
-        struct addr local;
         memset(&ask, 0, sizeof(ask));
-        memcpy(local.ip, flow->local, 16);
-        bool four = addr_is_v4(&local);
+        bool four = addr_is_v4(&local->addr);
         int result = 0;
         if (e->pod != p) {
                 struct timeval limit = {.tv_sec = 1};
@@ -305,24 +309,36 @@ static int destroy(struct ender *e, struct pod *p, const struct vouch_flow *flow
         if (e->fd < 0)
                 return e->fd;
         ask.header.nlmsg_len = sizeof(ask);
-        ask.header.nlmsg_type = SOCK_DESTROY;
-        ask.header.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK;
+        ask.header.nlmsg_type = type;
+        ask.header.nlmsg_flags = (uint16_t)(NLM_F_REQUEST | (type == SOCK_DESTROY ? NLM_F_ACK : 0));
         ask.request.sdiag_family = four ? AF_INET : AF_INET6;
         ask.request.sdiag_protocol = IPPROTO_TCP;
         ask.request.idiag_states = ~0u;
-        ask.request.id.idiag_sport = htons(flow->local_port);
-        ask.request.id.idiag_dport = htons(flow->remote_port);
-        memcpy(ask.request.id.idiag_src, flow->local + (four ? 12 : 0), four ? 4 : 16);
-        memcpy(ask.request.id.idiag_dst, flow->remote + (four ? 12 : 0), four ? 4 : 16);
-        ask.request.id.idiag_cookie[0] = (uint32_t)flow->cookie;
-        ask.request.id.idiag_cookie[1] = (uint32_t)(flow->cookie >> 32);
+        ask.request.id.idiag_sport = htons(local->port);
+        ask.request.id.idiag_dport = htons(remote->port);
+        memcpy(ask.request.id.idiag_src, local->addr.ip + (four ? 12 : 0), four ? 4 : 16);
+        memcpy(ask.request.id.idiag_dst, remote->addr.ip + (four ? 12 : 0), four ? 4 : 16);
+        ask.request.id.idiag_cookie[0] = cookie ? (uint32_t)*cookie : INET_DIAG_NOCOOKIE;
+        ask.request.id.idiag_cookie[1] = cookie ? (uint32_t)(*cookie >> 32) : INET_DIAG_NOCOOKIE;
         if (send(e->fd, &ask, sizeof(ask), 0) < 0 || recv(e->fd, &answer, sizeof(answer), 0) < 0)
                 result = -errno;
         else if (answer.header.nlmsg_type == NLMSG_ERROR)
                 result = answer.error.error;
+        else
+                result = answer.found.idiag_state;
         if (result == -EAGAIN) /* its answer would be the next one's */
                 ender_close(e);
         return result == -ESTALE ? -ENOENT : result;
+}
+
+/* Ends a socket of the pod's with a reset. 0, -ENOENT: it is gone; -errno. */
+static int destroy(struct ender *e, struct pod *p, const struct vouch_flow *flow)
+{
+        struct endpoint local = {.port = flow->local_port}, remote = {.port = flow->remote_port};
+        uint64_t cookie = flow->cookie;
+        memcpy(local.addr.ip, flow->local, 16);
+        memcpy(remote.addr.ip, flow->remote, 16);
+        return ask(e, p, SOCK_DESTROY, &local, &remote, &cookie);
 }
 
 /* -- the table; all with the lock held ------------------------------------------------------------------------------
@@ -540,8 +556,8 @@ void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pai
             !atomic_load(&pair->target->vouched) || pair->until_s <= (int64_t)time(NULL))
                 return;
         pthread_mutex_lock(&v->lock);
-        struct member *m = member_of(v, pair->source);
-        if (!m || !member_of(v, pair->target) || atomic_load(&pair->source->mode) != TUNNEL_SERVING ||
+        struct member *m = member_of(v, pair->source), *to = member_of(v, pair->target);
+        if (!m || !to || atomic_load(&pair->source->mode) != TUNNEL_SERVING ||
             atomic_load(&pair->target->mode) != TUNNEL_SERVING || !atomic_load(&v->on))
                 goto out;
         uint64_t now = clock_ms(), until = until_ns(pair->until_s, now);
@@ -561,6 +577,7 @@ void vouch_allow(struct vouch *v, struct worker *w, const struct vouch_pair *pai
         a->generation = generation_of(v, slot);
         a->src_record = pair->src_workload->record;
         a->dst_record = pair->dst_workload->record;
+        v->slots[slot].target = to->instance;
         bind_source(a, pair->source);
         bind_target(a, pair->target);
         told_all(v, a);
@@ -714,15 +731,51 @@ static void tell_ended_outside(struct vouch *v, struct allowance *a, uint64_t cl
         a->logged_received = received;
 }
 
-bool vouch_is_late(struct vouch *v, const struct addr *src, const struct endpoint *dst)
+/* Does this socket of the pod's carry a flow to another pod? As its programs know it. */
+static bool is_flow(struct vouch *v, struct pod *source, const struct endpoint *src, const struct endpoint *dst)
 {
-        if (!atomic_load(&v->count) || !__atomic_load_n(bucket(v, src, dst), __ATOMIC_ACQUIRE))
+        struct sights s = {0};
+        bool found = false;
+        pthread_mutex_lock(&v->look);
+        pthread_mutex_lock(&v->lock);
+        struct member *m = member_of(v, source);
+        int fates = m ? fcntl(m->fates, F_DUPFD_CLOEXEC, 3) : -1;
+        pthread_mutex_unlock(&v->lock);
+        if (fates >= 0) {
+                look_at(v, source, fates, &s);
+                close(fates);
+        }
+        for (size_t i = 0; i < s.n; i++) {
+                const struct vouch_flow *f = &s.at[i].flow;
+                found |= f->opened && f->local_port == src->port && f->remote_port == dst->port &&
+                         memcmp(f->local, src->addr.ip, 16) == 0 && memcmp(f->remote, dst->addr.ip, 16) == 0 &&
+                         f->slot < VOUCH_MAX_SLOTS && v->slots[f->slot].taken == VOUCH_PAIR;
+        }
+        pthread_mutex_unlock(&v->look);
+        free(s.at);
+        return found;
+}
+
+bool vouch_is_late(struct vouch *v, const struct endpoint *src, const struct endpoint *dst)
+{
+        struct ender e = {0};
+        struct pod *source = NULL;
+        if (!atomic_load(&v->count) || !__atomic_load_n(bucket(v, &src->addr, dst), __ATOMIC_ACQUIRE))
                 return false; /* nearly all of them: workers do not meet at the lock */
         pthread_mutex_lock(&v->lock);
-        struct allowance *a = find(v, src, dst);
-        bool late = a && !a->outside && a->alone && a->source && atomic_load(&a->source->mode) == TUNNEL_SERVING &&
-                    (a->open || clock_ms() - a->closed_ms < LATE_MS);
+        struct allowance *a = find(v, &src->addr, dst);
+        if (a && !a->outside && a->alone && a->source && atomic_load(&a->source->mode) == TUNNEL_SERVING &&
+            (a->open || clock_ms() - a->closed_ms < LATE_MS))
+                source = pod_ref(a->source);
         pthread_mutex_unlock(&v->lock);
+        if (!source)
+                return false;
+        /* The host may have made one for another address one for this: then the source has no socket of these ends, at
+         * best a listener. And one that has may have opened it before the pair was allowed, or since its pod drains. */
+        int state = ask(&e, source, SOCK_DIAG_BY_FAMILY, src, dst, NULL);
+        bool late = state != -ENOENT && state != TCP_LISTEN && is_flow(v, source, src, dst);
+        ender_close(&e);
+        pod_unref(source);
         return late;
 }
 
@@ -1000,7 +1053,8 @@ static enum judgement judge(const struct vouch *v, const struct mesh_view *view,
         if (a->outside)
                 return still_outside(view, a) ? STAYS : SHUTS;
         bool whole = atomic_load(&v->engine->whole);
-        if (whole && at && strcmp(at->uid, a->dst_uid) != 0)
+        const struct workload *from = view_workload_at(view, &a->src);
+        if (whole && ((at && strcmp(at->uid, a->dst_uid) != 0) || (from && strcmp(from->uid, a->src_uid) != 0)))
                 return CUTS; /* the address is another's by now */
         rbac_decide(view, dst ? dst : &gone, &request, verdict);
         whole = whole && dst && a->target && !view_policy_missing(view, dst);
@@ -1325,6 +1379,15 @@ static int node_take(struct vouch *v, int slots, int program, int ended)
         return 0;
 }
 
+/* Has one of these sockets opened a flow of the slot? */
+static bool opens(const struct sights *s, uint32_t slot)
+{
+        for (size_t i = 0; i < s->n; i++)
+                if (s->at[i].flow.slot == slot && s->at[i].flow.opened)
+                        return true;
+        return false;
+}
+
 /* Flows of a pod that an engine before this one had allowed. With the lock held. */
 static void take_over(struct vouch *v, struct pod *p, const struct sights *s)
 {
@@ -1350,7 +1413,9 @@ static void take_over(struct vouch *v, struct pod *p, const struct sights *s)
                 struct allowance *a = v->by_slot[i];
                 if (!a)
                         continue;
-                if (!a->source && pod_has(p, &a->src) && (!*a->src_uid || strcmp(a->src_uid, p->workload) == 0))
+                /* One that left the mesh with the flow open and is back has an end of it that nobody sees. */
+                if (!a->source && pod_has(p, &a->src) && (!*a->src_uid || strcmp(a->src_uid, p->workload) == 0) &&
+                    opens(s, i))
                         bind_source(a, p);
                 if (!a->outside && !a->target && pod_has(p, &a->dst.addr) &&
                     (!*a->dst_uid || strcmp(a->dst_uid, p->workload) == 0))
@@ -1374,7 +1439,8 @@ int vouch_pod(struct vouch *v, struct pod *p, const int *fds)
                 return -ENOMEM;
         *m = (struct member){.pod = pod_ref(p),
                              .verdicts = fcntl(fds[0], F_DUPFD_CLOEXEC, 3),
-                             .fates = fcntl(fds[1], F_DUPFD_CLOEXEC, 3)};
+                             .fates = fcntl(fds[1], F_DUPFD_CLOEXEC, 3),
+                             .instance = map_id(fds[1])};
         pthread_mutex_lock(&v->look);
         pthread_mutex_lock(&v->lock);
         int result = m->verdicts < 0 || m->fates < 0 ? -EMFILE : node_take(v, fds[2], fds[3], fds[4]);

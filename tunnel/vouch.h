@@ -67,6 +67,6 @@ struct vouch_outside {
 /* Whether a route leaves the mesh, for the very destination that was asked for; then the kernel can go it alone. */
 bool vouch_leaves_mesh(const struct route *r, const struct endpoint *dst);
 void vouch_allow_outside(struct vouch *v, struct worker *w, const struct vouch_outside *what);
-bool vouch_is_late(struct vouch *v, const struct addr *src, const struct endpoint *dst);
+bool vouch_is_late(struct vouch *v, const struct endpoint *src, const struct endpoint *dst);
 
 #endif

@@ -97,10 +97,12 @@ class Bridge:
         """Of its namespace."""
         return f"/run/netns/{self._name}"
 
-    def sandbox(self) -> Sandbox:
-        """A new pod's namespace with eth0 on the bridge."""
+    def sandbox(self, of: Sandbox | None = None) -> Sandbox:
+        """A new pod's namespace with eth0 on the bridge; with the addresses of another one, whose link has gone."""
         number = len(self._made) + 1
         pod = Sandbox(f"{self._name}-{number}", f"10.231.{self._net}.{number}", f"fd0a:e7:{self._net:x}::{number:x}")
+        if of is not None:
+            pod = replace(pod, v4=of.v4, v6=of.v6)
         self._namespace(pod.namespace)
         ip("-n", self._name, "link", "add", f"v{number}", "type", "veth", "peer", "eth0", "netns", pod.namespace)
         ip("-n", self._name, "link", "set", f"v{number}", "master", "br0", "up")
@@ -108,6 +110,10 @@ class Bridge:
         ip("-n", pod.namespace, "addr", "add", f"{pod.v6}/64", "dev", "eth0", "nodad")
         ip("-n", pod.namespace, "link", "set", "eth0", "up")
         return pod
+
+    def unplug(self, pod: Sandbox) -> None:
+        """The pod's link goes, whoever still holds its namespace."""
+        ip("-n", self._name, "link", "del", f"v{pod.namespace.rpartition('-')[2]}")
 
     def remove(self, pod: Sandbox) -> None:
         """The pod's sandbox goes."""

@@ -136,12 +136,17 @@ class Node:
             captures.close()  # what it was doing has ended by now
 
     def pod(
-        self, name: str, namespace: str = "shop", running: bool = True, probed: tuple[int, ...] = ()
+        self,
+        name: str,
+        namespace: str = "shop",
+        running: bool = True,
+        probed: tuple[int, ...] = (),
+        of: Sandbox | None = None,
     ) -> tuple[Sandbox, Pod]:
         """A pod with a sandbox, a place in the API and a record in the mesh. The API has no address of it before it
-        runs.
+        runs. `of`: it gets the addresses of a pod that is gone.
         """
-        sandbox = self.bridge.sandbox()
+        sandbox = self.bridge.sandbox(of)
         addresses = (sandbox.v4, sandbox.v6) if running else ()
         pod = self.cluster.add(namespace, name, *addresses, account=name, probed=probed)
         (self.folder / "netns").mkdir(exist_ok=True)

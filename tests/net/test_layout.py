@@ -2,7 +2,9 @@
 cut and nothing left behind.
 """
 
+import json
 import os
+import shutil
 import socket
 import struct
 import threading
@@ -21,6 +23,7 @@ from tests.harness.cluster import Nodes
 from tests.harness.former import Former
 from tests.harness.kubelet import Map, packed
 from tests.harness.netns import Pair, connect, listen
+from tests.harness.netns import run as tool
 from tests.harness.pods import Client, Sandbox, echo
 from tests.harness.stand_in import Capture, CaptureError, StandIn
 from tests.net.test_agent import PORT, Node, node, run
@@ -209,6 +212,14 @@ def test_native_flows_go_on(tmp_path: Path, family: int, closing: Close) -> None
                 assert old.now.verify() == 0
                 talk(open_, served)
             assert not node.exists()
+            # As an engine of now says for whom it allows.
+            bpftool = shutil.which("bpftool") or "/usr/sbin/bpftool"
+            fates = pods["near"].now.pins.decode() + "/fates"
+            instance = json.loads(tool(bpftool, "-j", "map", "show", "pinned", fates))["id"]
+            with Map(os.path.dirname(pods["near"].now.pins) + b"/node/slots") as slots:
+                slot = slots.lookup(struct.pack("I", 5), int(ffi.sizeof("struct vouch_slot")))
+                at = int(ffi.offsetof("struct vouch_slot", "target"))
+                slots.update(struct.pack("I", 5), slot[:at] + struct.pack("I", instance) + slot[at + 4 :])
             counted = pods["near"].now.counters()
             new = connect(nodes["client"].path, near, PORT)
             new_served, _ = application.accept()
