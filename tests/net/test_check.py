@@ -216,7 +216,7 @@ LACKING = [
 
 @pytest.mark.parametrize(("prefix", "says"), [*LACKING, pytest.param(without("bpf"), "CAP_BPF", id="bpf")])
 def test_lab_up_on_a_machine_that_lacks_something(prefix: list[str], says: str) -> None:
-    name = f"n{os.getpid() % 10000}"
+    name = f"q{os.getpid() % 10000}"
     done = run(*prefix, *SIDESTEP, "lab", "up", "--name", name, "--nodes", "1")
     assert done.returncode == 1
     assert done.stdout == ""  # not even begun
@@ -227,7 +227,7 @@ def test_lab_up_on_a_machine_that_lacks_something(prefix: list[str], says: str) 
 
 @pytest.mark.parametrize("missing", ["net_admin", "sys_admin"])
 def test_a_plain_lab_needs_what_makes_its_nodes(missing: str) -> None:
-    name = f"n{os.getpid() % 10000}"
+    name = f"q{os.getpid() % 10000}"
     done = run(*without(missing), *SIDESTEP, "lab", "up", "--name", name, "--nodes", "1", "--plain")
     assert done.returncode == 1
     assert done.stdout == ""
