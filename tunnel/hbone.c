@@ -32,14 +32,13 @@
 #include "hbone.h"
 #include "pod.h"
 
-#define RECORD RECORD_PLAIN
 #define DIRECT 4096 /* larger payloads are not copied together with others */
 #define CONNECTION_WINDOW (16 << 20)
 #define EARLY_RESETS                                                                                                   \
         2000 /* streams that a client reset before they were connected, in a tunnel's life, less those that worked */
 
 static _Thread_local struct {
-        uint8_t bytes[RECORD];
+        uint8_t bytes[RECORD_PLAIN];
         size_t len;
 } stage;
 
@@ -63,12 +62,12 @@ static int stage_seal(struct tun *t)
 static int stage_add(struct tun *t, const uint8_t *bytes, size_t n)
 {
         while (n > 0) {
-                size_t part = RECORD - stage.len < n ? RECORD - stage.len : n;
+                size_t part = RECORD_PLAIN - stage.len < n ? RECORD_PLAIN - stage.len : n;
                 memcpy(stage.bytes + stage.len, bytes, part);
                 stage.len += part;
                 bytes += part;
                 n -= part;
-                if (stage.len == RECORD && stage_seal(t) < 0)
+                if (stage.len == RECORD_PLAIN && stage_seal(t) < 0)
                         return -1;
         }
         return 0;
@@ -109,7 +108,7 @@ static int on_send_data(nghttp2_session *h2, nghttp2_frame *frame, const uint8_t
         struct side *s = flow_stream_side(f);
         if (t->tls.out.len >= TUN_QUEUE)
                 return NGHTTP2_ERR_WOULDBLOCK;
-        if ((stage.len + 9 + length > RECORD || length > DIRECT) && stage_seal(t) < 0)
+        if ((stage.len + 9 + length > RECORD_PLAIN || length > DIRECT) && stage_seal(t) < 0)
                 return NGHTTP2_ERR_CALLBACK_FAILURE;
         uint8_t *payload = length ? buf_at(&s->out) + s->kept : NULL; /* an end alone has no queue */
         if (length > DIRECT && s->out.head >= 9 && s->kept == 0) {
@@ -725,11 +724,12 @@ static void digest(struct tun *t)
                         return;
                 if (n < 0) {
                         char text[128];
-                        tun_send(t); /* the alert */
-                        if (n == -2)
+                        if (n == -2) {
+                                tun_send(t); /* the alert */
                                 event_log(t->w->engine->event, t->w->ev, "warn",
                                           "TLS failed pod=\"%s/%s\" error=\"%s\"", t->pod->namespace_, t->pod->name,
                                           tls_error(&t->tls, text, sizeof(text)));
+                        }
                         tun_fail(t, n == -1 ? FLAG_NONE : FLAG_TLS_FAILURE, n == -1 ? "closed by peer" : "TLS failed");
                         return;
                 }

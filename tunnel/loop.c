@@ -225,10 +225,10 @@ static int look(struct worker *w, struct epoll_event *events, uint64_t now_ns)
  */
 static void learn(struct worker *w, uint64_t waited_ns, bool slept)
 {
-        bool pays = w->ran <= FEW_FLOWS && w->moved[0] + w->moved[1] <= FEW_BYTES &&
-                    waited_ns <= (LOOK_US + (slept ? WAKE_US : 0)) * 1000ull;
-        w->keen += ((pays ? KEEN_MOST : 0) - w->keen) / KEEN_SPAN;
         size_t moved = w->moved[0] + w->moved[1];
+        bool pays =
+                w->ran <= FEW_FLOWS && moved <= FEW_BYTES && waited_ns <= (LOOK_US + (slept ? WAKE_US : 0)) * 1000ull;
+        w->keen += ((pays ? KEEN_MOST : 0) - w->keen) / KEEN_SPAN;
         if (moved) {
                 bool back = w->moved[1] > 0, much = moved >= STREAM_BYTES * (size_t)(w->ran ? w->ran : 1);
                 w->streamed = much && !w->moved[!back] && back == w->back ? w->streamed + 1 : 0;

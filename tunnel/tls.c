@@ -178,7 +178,7 @@ static void take_secret(const SSL *ssl, const char *line)
                 const char *digits = strrchr(line, ' ');
                 if (strncmp(line, labels[of_client], n) != 0)
                         continue;
-                struct traffic *to = SSL_is_server(ssl) == (int)of_client ? &t->rx : &t->tx;
+                struct traffic *to = t->server == of_client ? &t->rx : &t->tx;
                 size_t size = 0;
                 if (OPENSSL_hexstr2buf_ex(to->secret, sizeof(to->secret), &size, digits + 1, '\0') == 1)
                         to->size = (unsigned)size;

@@ -11,24 +11,11 @@
 #include <openssl/err.h>
 #include <openssl/evp.h>
 #include <openssl/provider.h>
+#include "dice.h"
 #include "gcm.h"
 
 #define MOST 70000
 #define TAG 16
-
-static uint64_t dice = 20260101;
-
-static unsigned roll(unsigned n)
-{
-        dice = dice * 6364136223846793005ull + 1442695040888963407ull;
-        return (unsigned)(dice >> 33) % n;
-}
-
-static void fill(uint8_t *to, size_t n)
-{
-        for (size_t i = 0; i < n; i++)
-                to[i] = (uint8_t)roll(256);
-}
 
 /* -- which one ---------------------------------------------------------------------------------------------------- */
 

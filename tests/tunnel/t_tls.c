@@ -11,6 +11,7 @@
 #include <openssl/evp.h>
 #include <openssl/pem.h>
 #include <openssl/x509v3.h>
+#include "dice.h"
 #include "gcm.h"
 #include "tls.h"
 
@@ -42,20 +43,6 @@ static void give(void *block, const char *file, int line)
 {
         (void)file, (void)line;
         free(block);
-}
-
-static uint64_t dice = 20261128;
-
-static unsigned roll(unsigned n)
-{
-        dice = dice * 6364136223846793005ull + 1442695040888963407ull;
-        return (unsigned)(dice >> 33) % n;
-}
-
-static void fill(uint8_t *to, size_t n)
-{
-        for (size_t i = 0; i < n; i++)
-                to[i] = (uint8_t)roll(256);
 }
 
 #define URI "spiffe://cluster.local/ns/a/sa/b"
